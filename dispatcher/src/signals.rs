@@ -3,9 +3,9 @@
 //! SIGTERM, SIGINT and SIGQUIT stop the dispatcher: at once while it starts, gracefully afterwards.
 //! SIGUSR1 does the same and leaves processes that outlive the dispatcher. SIGUSR2 replaces the
 //! processes of all pools; during the start it is kept until the dispatcher serves.
-//! SIGHUP reloads the configuration; during the start it is kept until the dispatcher serves. Other
-//! signals whose default ends a process have no effect. Signals that report a fault of the program
-//! itself keep their defaults.
+//! SIGHUP reloads the configuration, or does the same as SIGUSR2 if there is no file; during the
+//! start it is kept until the dispatcher serves. Other signals whose default ends a process have no
+//! effect. Signals that report a fault of the program itself keep their defaults.
 //!
 //! The processes that the dispatcher starts get the default dispositions: see `spawner`.
 

@@ -12,12 +12,14 @@ mod drain;
 mod exit;
 mod log_level;
 mod manual;
+mod private;
 mod relay;
 mod reload;
 mod restart;
 mod rollout;
 mod run;
 mod scale;
+mod serve;
 mod status;
 mod table;
 #[cfg(feature = "tui")]
@@ -46,6 +48,8 @@ use crate::api::command::CommandError;
 const EXAMPLES: &str = "\
 Examples:
   dispatcher demo                          four workers on http://127.0.0.1:8080/, no configuration
+  dispatcher serve -- uvicorn app:app --host {addr} --port {port}
+                                           a server as several processes, no configuration
   dispatcher check FILE                    check a configuration
   dispatcher run --config FILE             serve
   dispatcher status                        state, load and counters of workers
@@ -64,7 +68,7 @@ Examples:
   dispatcher doctor                        what this machine supports
 
 Environment:
-  DISPATCHER_LOG     what `run` and `demo` log: error, warn, info (default), debug, trace
+  DISPATCHER_LOG     what `run`, `serve` and `demo` log: error, warn, info (default), debug, trace
   DISPATCHER_ADMIN   the admin socket of the dispatcher to ask
 
 Exit codes are those of sysexits.h: 0 done, 64 wrong usage, 65 not possible for this worker or pool, 66 no such worker or pool, 69 not running (`run`: running already), 70 a restart stopped, 71 out of a system resource, 73 a socket or file cannot be created, 74 input or output failed, 75 try again, 76 not a dispatcher of this version, 77 not permitted, 78 bad configuration.
@@ -85,6 +89,9 @@ enum Command {
     #[command(after_help = "Examples:\n  dispatcher run --config ./dispatcher.toml\n  \
                       dispatcher run --config ./dispatcher.toml --take-over")]
     Run(RunArgs),
+    /// Run a server as several processes, balanced by the kernel, without a configuration.
+    #[command(after_help = serve::EXAMPLES)]
+    Serve(serve::ServeArgs),
     /// Check a configuration: exit code 0 if it is valid, 78 with the position of every mistake if
     /// not.
     #[command(
@@ -268,6 +275,7 @@ impl Command {
             Command::Relay(arguments) => arguments.json(),
             // They print what they found themselves.
             Command::Run(_)
+            | Command::Serve(_)
             | Command::Check(_)
             | Command::Doctor(_)
             | Command::Completions(_)
@@ -287,7 +295,8 @@ pub fn main() -> ExitCode {
     }
     // Signal handlers are set before any step that may block. Client commands keep the default
     // actions.
-    let serves = std::env::args_os().nth(1).is_some_and(|word| word == "run" || word == "demo");
+    let command = std::env::args_os().nth(1);
+    let serves = command.is_some_and(|word| word == "run" || word == "serve" || word == "demo");
     if serves && let Err(error) = crate::signals::prepare() {
         print_error(&format!("signal handlers: {error}"));
         return Exit::OsErr.into();
@@ -309,6 +318,7 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
     };
     let result = match &cli.command {
         Command::Run(arguments) => run::run(arguments),
+        Command::Serve(arguments) => serve::serve(arguments),
         Command::Check(arguments) => check::check(arguments),
         #[cfg(feature = "tui")]
         Command::Top(arguments) => top::top(arguments),

@@ -304,6 +304,8 @@ impl EventLoop {
         let received: Vec<i32> = self.signals.pending().collect();
         for signal in received {
             match signal {
+                // There is no file to read.
+                libc::SIGHUP if self.config.file.is_none() => self.restart_all(),
                 // Reading files could block: the side thread does it.
                 libc::SIGHUP => self.side.reload.notify_one(),
                 libc::SIGUSR1 => self.begin_stop(signal, true),

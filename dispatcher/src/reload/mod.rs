@@ -186,7 +186,7 @@ pub fn prepare(now: &RunningConfig) -> Result<Plan, CommandError> {
             Problem::Conflict,
             "this dispatcher has no configuration file",
         )
-        .hint("`dispatcher demo` needs none; write one for `dispatcher run`"));
+        .hint("`dispatcher serve --print-config` prints one for `dispatcher run`"));
     };
     let new = Config::load(file).map_err(|error| match &error {
         ConfigError::Unreadable { .. } => {
