@@ -5,5 +5,6 @@ mod edges;
 mod life;
 mod members;
 mod place;
+mod serve;
 mod servers;
 mod workers;

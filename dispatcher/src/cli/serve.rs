@@ -19,7 +19,7 @@ COMMAND is a server that listens by itself. Each process gets an address of its 
 each new connection at --listen to the process with the fewest connections. That needs CAP_BPF and CAP_NET_ADMIN: without
 them the command says how to grant them, and ends with exit code 69. `dispatcher doctor` lists what a machine needs.
 
-SIGTERM and Ctrl-C stop processes in order; SIGHUP replaces them one after the other. If a process ends, it is started again.
+Ctrl-C and SIGTERM stop the processes; SIGHUP replaces them one after the other. A process that ends is started again.
 
 Examples:
   dispatcher serve -- uvicorn app:app --host {addr} --port {port}
@@ -30,6 +30,9 @@ Examples:
 
 /// Most processes: each may have a second one that replaces it.
 const MOST: i64 = crate::config::MAX_STEERED_WORKERS as i64 / 2;
+
+/// The policies that make sense for processes that are alike.
+const POLICIES: [&str; 5] = ["least-connections", "round-robin", "random", "two-choices", "hash"];
 
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
@@ -42,6 +45,9 @@ pub(super) struct ServeArgs {
     /// The name of the pool [default: the name of the program]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+    /// How the kernel chooses [default: least-connections]
+    #[arg(long, value_name = "POLICY", value_parser = POLICIES)]
+    policy: Option<String>,
     /// The path of the admin socket [default: in a temporary directory]
     #[arg(long, value_name = "PATH")]
     admin: Option<PathBuf>,
@@ -172,7 +178,11 @@ impl ServeArgs {
             }
             text.push('\n');
         }
-        let _ = writeln!(text, "[pool.{pool}]\nmode = \"steer\"\n");
+        let _ = writeln!(text, "[pool.{pool}]\nmode = \"steer\"");
+        if let Some(policy) = &self.policy {
+            let _ = writeln!(text, "policy = {}", toml_string(policy));
+        }
+        text.push('\n');
         let command: Vec<String> = self.command.iter().map(|word| toml_string(word)).collect();
         let _ = writeln!(text, "[pool.{pool}.spawn]\ncommand = [{}]", command.join(", "));
         let _ = writeln!(text, "processes = {}", self.workers());
@@ -377,6 +387,11 @@ mod tests {
         let spawn = pool.spawn.as_ref().expect("processes");
         assert_eq!((spawn.command[1].as_str(), spawn.processes), ("\"a\\\t\u{7f}ü", 3));
         assert_eq!(pool.steer.as_ref().map(|it| it.address.to_string()), Some("::".to_owned()));
+        for name in POLICIES {
+            let words = ["--policy", name, "--", "/bin/sh", "{port}"];
+            let config = parsed(&line(&words).configuration(None)).expect("it is valid");
+            assert_eq!(config.pools[0].settings.policy.name(), name);
+        }
         let printed = line(&words).configuration(None);
         let config = parsed(&printed).expect("it is valid");
         let usual = crate::config::DEFAULT_ADMIN_SOCKET;

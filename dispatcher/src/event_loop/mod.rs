@@ -52,6 +52,7 @@ mod workers;
 mod yield_backoff;
 
 use std::collections::HashSet;
+use std::io::IsTerminal;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -192,6 +193,8 @@ struct Run {
     /// The limits of open files, soft and hard, before the dispatcher raised them: its processes
     /// get these.
     descriptors: Option<(u64, u64)>,
+    /// It was started at a terminal.
+    terminal: bool,
 }
 
 /// The sockets of workers and of the admin interface. The paths remove the socket files when they
@@ -304,14 +307,22 @@ impl EventLoop {
         let received: Vec<i32> = self.signals.pending().collect();
         for signal in received {
             match signal {
-                // There is no file to read.
-                libc::SIGHUP if self.config.file.is_none() => self.restart_all(),
+                libc::SIGHUP if self.config.file.is_none() => self.hang_up(),
                 // Reading files could block: the side thread does it.
                 libc::SIGHUP => self.side.reload.notify_one(),
                 libc::SIGUSR1 => self.begin_stop(signal, true),
                 libc::SIGUSR2 => self.restart_all(),
                 _ => self.stop_signal(signal),
             }
+        }
+    }
+
+    /// SIGHUP where there is no file to read: an order to replace the processes, or the end of the
+    /// terminal at which `serve` or `demo` was started.
+    fn hang_up(&mut self) {
+        match self.run.terminal && !std::io::stderr().is_terminal() {
+            true => self.stop_signal(libc::SIGHUP),
+            false => self.restart_all(),
         }
     }
 

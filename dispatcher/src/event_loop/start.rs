@@ -1,5 +1,6 @@
 //! Starts the event loop from a configuration, and ends it.
 
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
@@ -311,6 +312,7 @@ impl EventLoop {
                 stop_deadline: None,
                 leaves: false,
                 recalled: false,
+                terminal: std::io::stderr().is_terminal(),
                 hurries: false,
                 stop_asked: None,
                 unit: Unit::own(),
