@@ -5,6 +5,7 @@ mod edges;
 mod life;
 mod members;
 mod place;
+mod reload;
 mod serve;
 mod servers;
 mod workers;

@@ -19,8 +19,8 @@ pub(in crate::config) fn check_steered(
     (tables, defaults): (&[(Spanned<String>, PoolKeys)], &PoolKeys),
     listeners: &[Spanned<ListenerKeys>],
 ) {
-    let steered = config.pools.iter().zip(tables).filter(|(pool, _)| pool.steer.is_some());
-    if let Some((_, (name, _))) = steered.skip(MAX_STEERED_POOLS).next() {
+    let mut steered = config.pools.iter().zip(tables).filter(|(pool, _)| pool.steer.is_some());
+    if let Some((_, (name, _))) = steered.nth(MAX_STEERED_POOLS) {
         let message = format!("more than {MAX_STEERED_POOLS} steered pools");
         check.mistake(
             Mistake::new(name.span(), message)

@@ -9,6 +9,8 @@
 //! of the dispatcher, or to a member of the configuration; the core has a worker for it as long as
 //! it listens or has connections.
 
+#![cfg_attr(not(feature = "steer"), allow(dead_code, reason = "the configuration refuses it"))]
+
 mod hot;
 #[cfg(feature = "steer")]
 mod ports;
