@@ -184,5 +184,5 @@ fn it_prints_the_configuration_that_it_stands_for() {
     std::fs::write(&file, &out.stdout).unwrap();
     let out = Command::new(dispatcher_bin()).arg("check").arg(&file).output().unwrap();
     let text = String::from_utf8_lossy(&out.stdout);
-    assert!(out.status.success() && text.contains("pool python3: hash"), "{text}");
+    assert!(out.status.success() && text.contains("the kernel chooses by hash"), "{text}");
 }
