@@ -139,7 +139,7 @@ pub fn active(pool: &PoolStatus) -> Vec<(String, u64)> {
 /// Waits until the loads of the active workers are these, in the order of their names.
 pub fn wait_loads(dispatcher: &Dispatcher, expected: &[u64]) -> Status {
     let mut last = Vec::new();
-    let status = wait_for(&format!("the loads {expected:?}"), || {
+    wait_for(&format!("the loads {expected:?}"), || {
         let status = dispatcher.status();
         assert_conserved(&status);
         let loads: Vec<u64> = active(&status.pools[0]).into_iter().map(|(_, load)| load).collect();
@@ -148,8 +148,7 @@ pub fn wait_loads(dispatcher: &Dispatcher, expected: &[u64]) -> Status {
             eprintln!("loads: {loads:?}");
         }
         (loads == expected).then_some(status)
-    });
-    status
+    })
 }
 
 /// Connections that each worker has had, by name.

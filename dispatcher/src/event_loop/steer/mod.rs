@@ -1,9 +1,10 @@
 //! Pools whose workers the kernel chooses (`mode = "steer"`).
 //!
-//! A thread of its own ([`thread`]) has the programs and maps: it registers addresses of workers,
-//! writes what the core decides about them, and reads what the kernel counts. It starts with the
-//! first such pool, and reports to the hot thread over a bounded mailbox. The hot thread ([`hot`])
-//! passes the reports to the core, and the core's decisions to the thread.
+//! A thread of its own ([`thread`]) has the programs and maps: it registers addresses of workers and
+//! reads what the kernel counts. It starts with the first such pool, and reports to the hot thread
+//! over a bounded mailbox. The hot thread ([`hot`], [`slots`]) passes the reports to the core, and
+//! writes what the core decides about workers to a map, which never waits: it applies from the next
+//! SYN on.
 //!
 //! A worker is known by its slot: its number in the maps of its pool. A slot belongs to a process
 //! of the dispatcher, or to a member of the configuration; the core has a worker for it as long as
@@ -14,6 +15,7 @@
 mod hot;
 #[cfg(feature = "steer")]
 mod ports;
+mod slots;
 mod status;
 #[cfg(feature = "steer")]
 mod thread;

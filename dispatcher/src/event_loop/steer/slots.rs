@@ -1,0 +1,142 @@
+//! The hot thread's part for one worker: its process, its slot, and the worker that the core has for
+//! it.
+
+use std::net::SocketAddr;
+
+use super::super::EventLoop;
+use super::{Holder, Slot, SlotIo, SteerCommand};
+use crate::background::logger::{quoted, value};
+use crate::config::Ports;
+use dispatcher_core::{Departure, ProcessId, SteerCounts, SteerJoin, SteerSettings, WorkerId};
+
+impl EventLoop {
+    // --- processes -------------------------------------------------------------------------
+
+    /// A process of a steered pool is to be started: it gets an address first. False if the pool is
+    /// not steered, or its processes inherit their listeners.
+    pub(in crate::event_loop) fn prepare_process(&mut self, process: ProcessId) -> bool {
+        let resources = self.pools.get(usize::from(process.pool.0));
+        let own = resources.and_then(|pool| pool.steer.as_ref());
+        if own.is_none_or(|steer| steer.ports != Ports::Own) || !self.is_steered(process.pool) {
+            return false;
+        }
+        let (pool, holder) = (process.pool, Holder::Process(process));
+        self.steers.send(SteerCommand::Prepare { pool, holder, address: None, adopt: false });
+        true
+    }
+
+    /// Where a process of a steered pool listens.
+    pub(in crate::event_loop) fn steered_address(&self, process: ProcessId) -> Option<SocketAddr> {
+        let slot = self.steers.of_process(process)?;
+        self.steers.slots.get(&slot).map(|io| io.address)
+    }
+
+    /// A process runs.
+    pub(in crate::event_loop) fn steered_process_runs(&mut self, process: ProcessId, pid: i32) {
+        let Some(slot) = self.steers.of_process(process) else { return };
+        if let Some(io) = self.steers.slots.get_mut(&slot) {
+            io.pid = Some(pid);
+        }
+        self.join_slot(slot);
+    }
+
+    /// A process has ended, or could not be started.
+    pub(in crate::event_loop) fn steered_process_ended(&mut self, process: ProcessId) {
+        self.steers.expected.remove(&Holder::Process(process));
+        if let Some(slot) = self.steers.of_process(process) {
+            self.lose_slot(slot, Departure::Died);
+        }
+    }
+
+    // --- workers ---------------------------------------------------------------------------
+
+    /// Nothing holds a slot any more.
+    pub(super) fn lose_slot(&mut self, slot: Slot, why: Departure) {
+        let Some(io) = self.steers.slots.remove(&slot) else { return };
+        if let Some(worker) = io.worker {
+            self.core.leave(self.now, worker, why);
+        }
+        self.steers.send(SteerCommand::Free(slot));
+        if self.core.is_pool_retired(slot.pool) {
+            self.close_pool(slot.pool);
+        }
+    }
+
+    /// The core has forgotten a worker.
+    pub(in crate::event_loop) fn forget_steered(&mut self, worker: WorkerId) {
+        let Some(slot) = self.steers.workers.remove(&worker) else { return };
+        if let Some(io) = self.steers.slots.get_mut(&slot)
+            && io.worker == Some(worker)
+        {
+            io.worker = None;
+        }
+    }
+
+    /// The core has decided how the kernel is to treat a worker.
+    pub(in crate::event_loop) fn steer(&mut self, worker: WorkerId, settings: SteerSettings) {
+        let Some(&slot) = self.steers.workers.get(&worker) else { return };
+        let pool = self.steers.pools.get_mut(&slot.pool);
+        let Some(opened) = pool.and_then(|pool| pool.opened.as_mut()) else { return };
+        if let Err(error) = opened.set(slot.number, settings) {
+            self.pool_failed(slot.pool, error);
+        }
+    }
+
+    /// The worker of a slot joins, if it listens and its process is known.
+    pub(super) fn join_slot(&mut self, slot: Slot) {
+        let Some(io) = self.steers.slots.get(&slot) else { return };
+        let (Some(counts), Some(pid), None) = (io.listens, io.pid, io.worker) else { return };
+        let Some(join) = self.steer_join(slot, io, pid, counts) else { return };
+        match self.core.join_steered(self.now, &join) {
+            Ok(worker) => {
+                self.steers.workers.insert(worker, slot);
+                if let Some(io) = self.steers.slots.get_mut(&slot) {
+                    io.worker = Some(worker);
+                }
+            }
+            Err(refusal) => {
+                log::warn!(
+                    "event=worker_refused pool={} name={} pid={pid} reason={}",
+                    self.core.pool_name(slot.pool),
+                    value(&join.name),
+                    quoted(&refusal.reason)
+                );
+            }
+        }
+    }
+
+    fn steer_join(
+        &self,
+        slot: Slot,
+        io: &SlotIo,
+        pid: i32,
+        counts: SteerCounts,
+    ) -> Option<SteerJoin> {
+        let pool = slot.pool;
+        let join = match io.holder {
+            Holder::Process(process) => SteerJoin {
+                pool,
+                name: format!("{}-{}", self.core.pool_name(pool), process.place + 1),
+                pid,
+                process: Some(process),
+                weight: 1,
+                priority: 0,
+                counts,
+            },
+            Holder::Member(_, position) => {
+                let steer = self.pools.get(usize::from(pool.0))?.steer.as_ref()?;
+                let member = steer.members.get(position as usize)?;
+                SteerJoin {
+                    pool,
+                    name: member.name.clone(),
+                    pid,
+                    process: None,
+                    weight: member.weight,
+                    priority: member.priority,
+                    counts,
+                }
+            }
+        };
+        Some(join)
+    }
+}
