@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::bare::BareArgs;
 use crate::work::{self, Plan, Work};
 use crate::worker::WorkerArgs;
-use crate::{bare, load, machine, worker};
+use crate::{bare, cgroup, load, machine, worker};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -66,6 +66,9 @@ enum Hidden {
     /// Runs another program, which ends when the bench does.
     #[command(hide = true)]
     Exec {
+        /// A cgroup v2 directory to move to.
+        #[arg(long)]
+        cgroup: Option<PathBuf>,
         program: PathBuf,
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
@@ -79,8 +82,9 @@ pub fn run() -> io::Result<()> {
         Some(Hidden::Worker(args)) => worker::run(&args),
         Some(Hidden::Bare(args)) => bare::run(&args),
         Some(Hidden::Load { request }) => load::run(&request),
-        Some(Hidden::Exec { program, args }) => {
+        Some(Hidden::Exec { cgroup, program, args }) => {
             machine::die_with_parent();
+            cgroup.as_deref().map_or(Ok(()), cgroup::join)?;
             machine::raise_descriptors();
             Err(Command::new(program).args(args).exec())
         }

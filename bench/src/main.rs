@@ -5,10 +5,13 @@
 //! dispatcher: these are hidden commands, so all contenders share one server and one client.
 
 mod bare;
+mod calls;
+mod cgroup;
 mod cli;
 mod contender;
 mod load;
 mod machine;
+mod namespace;
 mod report;
 mod socket;
 mod stats;

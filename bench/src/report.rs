@@ -109,11 +109,12 @@ impl Report {
                     "work": format!("{work:?}").to_lowercase(),
                     "title": case.title,
                     "main": case.main.key,
-                    "second": case.second.map(|second| second.key),
+                    "others": case.others.iter().map(|other| other.key).collect::<Vec<_>>(),
                     "rows": rows.map(|((at, variant), rounds)| json!({
                         "label": variant.label,
                         "ratios": ratios(case, case.main, results, at),
-                        "second_ratios": case.second.map(|second| ratios(case, second, results, at)),
+                        "other_ratios": case.others.iter()
+                            .map(|&other| ratios(case, other, results, at)).collect::<Vec<_>>(),
                         "rounds": rounds,
                     })).collect::<Vec<_>>(),
                 })
@@ -164,7 +165,7 @@ fn values(rounds: &[Metrics], column: Column) -> Vec<f64> {
 
 /// A case as a Markdown table.
 pub fn table(case: &Case, results: &[Vec<Metrics>]) -> String {
-    let mains = || std::iter::once(case.main).chain(case.second);
+    let mains = || std::iter::once(case.main).chain(case.others.iter().copied());
     let mut header = vec![String::new()];
     for column in mains() {
         header.push(column.label.to_owned());

@@ -3,6 +3,7 @@
 mod node;
 mod ours;
 mod proxy;
+mod steered;
 
 use std::io::{self, BufRead, BufReader};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -14,6 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use crate::cgroup::Cgroup;
 use crate::load::{Process, Role};
 use crate::machine;
 use crate::worker::{Kind, Serve};
@@ -27,6 +29,8 @@ pub enum How {
     Dispatcher,
     /// With `busy_poll`.
     Busy,
+    /// With `mode = "steer"`: the kernel chooses among workers that listen.
+    Steered,
     ReusePort,
     Shared,
     Bare,
@@ -56,6 +60,8 @@ pub struct Setup {
     pub round: Duration,
     /// Additional workers that take nothing.
     pub stuck: u16,
+    /// The system calls of the front process are counted, which slows it down.
+    pub count_calls: bool,
 }
 
 impl Setup {
@@ -68,6 +74,7 @@ impl Setup {
             delay: Duration::ZERO,
             round: Duration::ZERO,
             stuck: 0,
+            count_calls: false,
         }
     }
 }
@@ -81,6 +88,7 @@ impl Contender {
         let how = match self.how {
             How::Dispatcher => "dispatcher",
             How::Busy => "dispatcher busy_poll",
+            How::Steered => "dispatcher steer",
             How::ReusePort => "SO_REUSEPORT",
             How::Shared => "shared accept",
             How::Bare => "bare loop",
@@ -94,8 +102,8 @@ impl Contender {
     /// The reason why it cannot be measured on this machine, if there is one.
     pub fn missing(self, dispatcher: &Path) -> Option<String> {
         let program = match self.how {
-            How::Dispatcher | How::Busy if dispatcher.is_file() => return None,
-            How::Dispatcher | How::Busy => {
+            How::Dispatcher | How::Busy | How::Steered if dispatcher.is_file() => return None,
+            How::Dispatcher | How::Busy | How::Steered => {
                 return Some(format!(
                     "{} is not built; run: cargo build --release -p dispatcher",
                     dispatcher.display()
@@ -120,10 +128,12 @@ impl Contender {
             processes: Vec::new(),
             children: Vec::new(),
             directory,
+            cgroup: None,
         };
         match self.how {
             How::Dispatcher => ours::dispatcher(&mut running, self.kind, setup, dispatcher, false),
             How::Busy => ours::dispatcher(&mut running, self.kind, setup, dispatcher, true),
+            How::Steered => steered::dispatcher(&mut running, self.kind, setup, dispatcher),
             How::ReusePort => ours::reuse_port(&mut running, self.kind, setup),
             How::Shared => ours::shared(&mut running, self.kind, setup),
             How::Bare => ours::bare(&mut running, self.kind, setup),
@@ -140,9 +150,13 @@ impl Contender {
     pub fn decision(self, running: &Running) -> io::Result<Option<f64>> {
         match self.how {
             How::Dispatcher | How::Busy => ours::decision(running),
-            How::ReusePort | How::Shared | How::Bare | How::HaProxy | How::Nginx | How::Node => {
-                Ok(None)
-            }
+            How::Steered
+            | How::ReusePort
+            | How::Shared
+            | How::Bare
+            | How::HaProxy
+            | How::Nginx
+            | How::Node => Ok(None),
         }
     }
 }
@@ -155,6 +169,8 @@ pub struct Running {
     /// In the order of their start; they are ended in reverse order.
     children: Vec<Child>,
     directory: TempDir,
+    /// Dropped after all processes have been killed.
+    cgroup: Option<Cgroup>,
 }
 
 impl Running {

@@ -13,7 +13,7 @@ use crate::worker::Kind;
 use crate::{machine, socket};
 
 /// Arguments of a worker; its index follows.
-fn worker_args(kind: Kind, source: &str, setup: &Setup) -> Vec<String> {
+pub(super) fn worker_args(kind: Kind, source: &str, setup: &Setup) -> Vec<String> {
     let round = setup.round.as_micros().to_string();
     ["worker", "--kind", kind.name(), "--source", source, "--serve", setup.serve.name(), "--round"]
         .map(str::to_owned)
@@ -29,7 +29,17 @@ fn delayed(command: &mut Command, index: u16, setup: &Setup) {
 }
 
 /// The dispatcher's admin socket.
-const ADMIN: &str = "admin.sock";
+pub(super) const ADMIN: &str = "admin.sock";
+
+/// What the dispatcher says about itself.
+pub(super) fn status(running: &Running) -> io::Result<serde_json::Value> {
+    let mut stream = UnixStream::connect(running.path(ADMIN))?;
+    stream.write_all(b"GET /v1/status HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    Ok(serde_json::from_str(body)?)
+}
 
 pub(super) fn dispatcher(
     running: &mut Running,
@@ -85,12 +95,7 @@ pub(super) fn dispatcher(
 }
 
 pub(super) fn decision(running: &Running) -> io::Result<Option<f64>> {
-    let mut stream = UnixStream::connect(running.path(ADMIN))?;
-    stream.write_all(b"GET /v1/status HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-    let status: serde_json::Value = serde_json::from_str(body)?;
+    let status = status(running)?;
     let decision = &status["meters"]["decision"];
     let counts = decision["counts"].as_array().into_iter().flatten();
     let count: u64 = counts.filter_map(serde_json::Value::as_u64).sum();

@@ -36,7 +36,7 @@ pub(super) fn cases(plan: &Plan) -> Vec<Case> {
         title: "growth: short connections, 64 clients, client resets, workers in 2 processes"
             .to_owned(),
         main: column("rate", "conn/s", 0),
-        second: None,
+        others: Vec::new(),
         columns: vec![
             column("p50", "p50 µs", 0),
             column("p99", "p99 µs", 0),
@@ -56,7 +56,7 @@ pub(super) fn cases(plan: &Plan) -> Vec<Case> {
     let memory = Case {
         title: format!("growth: resident memory of the dispatcher, {held} connections held"),
         main: column("memory_held", "MiB, all held", 2),
-        second: None,
+        others: Vec::new(),
         columns: vec![column("memory_empty", "MiB before", 2)],
         // Several listeners, because the number of client ports for one address is limited.
         variants: variants(Serve::Hold, &[4], &ends, &Job::Held { count: held }),

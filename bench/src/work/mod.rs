@@ -6,15 +6,18 @@ mod growth;
 mod idle;
 mod short;
 mod slow;
+mod steer;
 
 use std::io;
 use std::path::PathBuf;
 
 use clap::ValueEnum;
 
+use crate::calls::Calls;
 use crate::contender::{Contender, How, Setup};
-use crate::load::{self, Job, Metrics, Request};
+use crate::load::{self, Job, Metrics, Request, Role};
 use crate::machine;
+use crate::namespace::Namespace;
 use crate::report::{self, Report};
 use crate::worker::Kind;
 
@@ -35,11 +38,21 @@ pub enum Work {
     Growth,
     /// Workers that take seldom: how long clients wait, compared with a shared listener.
     Slow,
+    /// The kernel chooses the worker (`mode = "steer"`); as root, in a network namespace.
+    Steer,
 }
 
 impl Work {
-    pub const ALL: [Work; 7] =
-        [Work::Short, Work::ShortFin, Work::Idle, Work::Bulk, Work::Even, Work::Growth, Work::Slow];
+    pub const ALL: [Work; 8] = [
+        Work::Short,
+        Work::ShortFin,
+        Work::Idle,
+        Work::Bulk,
+        Work::Even,
+        Work::Growth,
+        Work::Slow,
+        Work::Steer,
+    ];
 
     fn cases(self, plan: &Plan) -> Vec<Case> {
         match self {
@@ -50,6 +63,7 @@ impl Work {
             Work::Even => even::cases(plan),
             Work::Growth => growth::cases(plan),
             Work::Slow => slow::cases(plan),
+            Work::Steer => steer::cases(plan),
         }
     }
 }
@@ -101,8 +115,8 @@ pub struct Case {
     pub title: String,
     /// The figure whose ratios are reported, with its spread.
     pub main: Column,
-    /// A second such figure.
-    pub second: Option<Column>,
+    /// More such figures.
+    pub others: Vec<Column>,
     pub columns: Vec<Column>,
     pub variants: Vec<Variant>,
 }
@@ -165,7 +179,7 @@ impl Case {
             excuse: None,
         };
         let variants = contenders.into_iter().map(variant).collect();
-        Case { title, main, second: None, columns: columns.to_vec(), variants }
+        Case { title, main, others: Vec::new(), columns: columns.to_vec(), variants }
     }
 
     pub fn baselines(&self) -> &'static [Baseline] {
@@ -173,11 +187,10 @@ impl Case {
         if has(How::Shared) && !has(How::ReusePort) {
             return &[Baseline::How(How::Shared)];
         }
-        let several = self.variants.iter().any(|variant| variant.contender.how != How::Dispatcher);
-        if several {
-            &[Baseline::How(How::ReusePort), Baseline::How(How::Bare)]
-        } else {
-            &[Baseline::First]
+        match (has(How::ReusePort), has(How::Bare)) {
+            (true, true) => &[Baseline::How(How::ReusePort), Baseline::How(How::Bare)],
+            (true, false) => &[Baseline::How(How::ReusePort)],
+            (false, _) => &[Baseline::First],
         }
     }
 }
@@ -191,6 +204,12 @@ pub fn run(plan: &Plan) -> io::Result<()> {
         println!("At most {limit} descriptors for each process: loads that need more will fail.\n");
     }
     for work in &plan.works {
+        let namespace = (*work == Work::Steer).then(Namespace::enter).transpose();
+        if let Err(error) = &namespace {
+            let reason = format!("no network namespace of its own ({error}); run it as root");
+            report.skip(&format!("{work:?}"), "everything", &reason);
+            continue;
+        }
         for case in work.cases(plan) {
             let results = measure(plan, &case, &mut report);
             let table = report::table(&case, &results);
@@ -249,11 +268,17 @@ fn measure(plan: &Plan, case: &Case, report: &mut Report) -> Vec<Vec<Metrics>> {
 
 fn once(variant: &Variant, plan: &Plan) -> io::Result<Metrics> {
     let running = variant.contender.start(&variant.setup, &plan.dispatcher)?;
+    let front = running.processes.iter().find(|process| process.role == Role::Front);
+    let front = front.filter(|_| variant.setup.count_calls).map(|process| process.pid);
+    let calls = front.map(Calls::start).transpose()?;
     let mut metrics = load::drive(&Request {
         addresses: running.addresses.clone(),
         processes: running.processes.clone(),
         job: variant.job.clone(),
     })?;
+    if let Some(calls) = calls {
+        calls.finish(&mut metrics)?;
+    }
     if let Some(decision) = variant.contender.decision(&running)? {
         metrics.insert("decision".to_owned(), decision);
     }

@@ -42,7 +42,7 @@ pub(super) fn cases(plan: &Plan) -> Vec<Case> {
                 &setup,
                 &Job::Slow { count: (rate * time).ceil() as usize, rate },
             );
-            case.second = Some(column("wait_p50", "wait p50 ms", 1));
+            case.others = vec![column("wait_p50", "wait p50 ms", 1)];
             cases.push(case);
         }
     }
