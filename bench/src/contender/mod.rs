@@ -102,7 +102,8 @@ impl Contender {
     /// The reason why it cannot be measured on this machine, if there is one.
     pub fn missing(self, dispatcher: &Path) -> Option<String> {
         let program = match self.how {
-            How::Dispatcher | How::Busy | How::Steered if dispatcher.is_file() => return None,
+            How::Dispatcher | How::Busy if dispatcher.is_file() => return None,
+            How::Steered if dispatcher.is_file() => return steered::missing(dispatcher),
             How::Dispatcher | How::Busy | How::Steered => {
                 return Some(format!(
                     "{} is not built; run: cargo build --release -p dispatcher",

@@ -3,14 +3,27 @@
 
 use std::io;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::{PATIENCE, Running, Setup, ours, ourselves};
+use serde_json::Value;
+
 use crate::cgroup::Cgroup;
 use crate::load::{Process, Role};
 use crate::socket;
 use crate::worker::Kind;
+
+/// The reason why the kernel of this machine cannot choose, if there is one.
+pub(super) fn missing(binary: &Path) -> Option<String> {
+    let report = Command::new(binary).args(["doctor", "--json"]).output().map(|out| out.stdout);
+    let report = report.and_then(|json| Ok(serde_json::from_slice::<Value>(&json)?));
+    match report {
+        Ok(report) if report["steer"]["ok"] == true => None,
+        Ok(_) => Some("the kernel cannot choose here; `dispatcher doctor` says why".to_owned()),
+        Err(error) => Some(format!("`dispatcher doctor` says nothing: {error}")),
+    }
+}
 
 pub(super) fn dispatcher(
     running: &mut Running,
