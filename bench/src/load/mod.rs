@@ -119,6 +119,8 @@ pub fn drive(request: &Request) -> io::Result<Metrics> {
 struct CpuMeter<'a> {
     processes: &'a [Process],
     before: Vec<Duration>,
+    /// How often the workers had gone to sleep.
+    sleeps: u64,
     own: Duration,
     since: Instant,
 }
@@ -128,6 +130,7 @@ struct CpuUse {
     front: Duration,
     workers: Duration,
     load: Duration,
+    worker_sleeps: u64,
     elapsed: Duration,
 }
 
@@ -135,7 +138,7 @@ impl CpuMeter<'_> {
     fn start(processes: &[Process]) -> CpuMeter<'_> {
         let before = processes.iter().map(|process| machine::cpu(process.pid)).collect();
         let own = machine::cpu(own_pid());
-        CpuMeter { processes, before, own, since: Instant::now() }
+        CpuMeter { processes, before, sleeps: sleeps(processes), own, since: Instant::now() }
     }
 
     fn read(&self) -> CpuUse {
@@ -147,8 +150,14 @@ impl CpuMeter<'_> {
                 .map(|(process, before)| machine::cpu(process.pid).saturating_sub(*before))
                 .sum()
         };
-        CpuUse { front: of(Role::Front), workers: of(Role::Worker), load, elapsed }
+        let worker_sleeps = sleeps(self.processes).saturating_sub(self.sleeps);
+        CpuUse { front: of(Role::Front), workers: of(Role::Worker), load, worker_sleeps, elapsed }
     }
+}
+
+fn sleeps(processes: &[Process]) -> u64 {
+    let workers = processes.iter().filter(|process| process.role == Role::Worker);
+    workers.map(|process| machine::sleeps(process.pid)).sum()
 }
 
 impl CpuUse {
@@ -158,6 +167,7 @@ impl CpuUse {
         metrics.insert("cpu_front".to_owned(), micros(self.front));
         metrics.insert("cpu_workers".to_owned(), micros(self.workers));
         metrics.insert("cpu_load".to_owned(), micros(self.load));
+        metrics.insert("worker_sleeps".to_owned(), self.worker_sleeps as f64 / units);
         let busy = self.load.as_secs_f64() / self.elapsed.as_secs_f64();
         metrics.insert("load_busy".to_owned(), busy);
     }

@@ -12,9 +12,10 @@ use crate::worker::{Kind, Serve};
 const RATE: Column = column("rate", "conn/s", 0);
 const LATENCIES: [Column; 2] = [column("p50", "p50 µs", 0), column("p99", "p99 µs", 0)];
 
-const COLUMNS: [Column; 5] = [
+const COLUMNS: [Column; 6] = [
     column("cpu_front", "front CPU µs", 2),
     column("cpu_workers", "worker CPU µs", 2),
+    column("worker_sleeps", "worker sleeps/conn", 2),
     column("cpu_load", "client CPU µs", 2),
     column("load_busy", "client busy", 2),
     column("failed", "failed", 0),
