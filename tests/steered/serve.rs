@@ -186,3 +186,31 @@ fn it_prints_the_configuration_that_it_stands_for() {
     let text = String::from_utf8_lossy(&out.stdout);
     assert!(out.status.success() && text.contains("the kernel chooses by hash"), "{text}");
 }
+
+/// Between the opening of the listener and the start of the programs, the dispatcher's own socket
+/// gets clients: none of them waits for ever.
+#[test]
+fn early_clients_are_not_left_waiting() {
+    if !enter() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (out, log) = (dir.path().join("out"), dir.path().join("log"));
+    let mut command = command(&dir, &["--workers", "1"]);
+    command.stdout(File::create(&out).unwrap()).stderr(File::create(&log).unwrap());
+    let _process = Process::start("serve", &mut command);
+    let early = wait_for("the listener", || TcpStream::connect(PUBLIC).ok());
+    early.set_read_timeout(Some(test_support::PATIENCE)).unwrap();
+    let mut first = [0; 6];
+    let read = (&early).read(&mut first);
+    let log = || std::fs::read_to_string(&log).unwrap();
+    match read {
+        // The programs were quicker.
+        Ok(count) => assert_eq!(&first[..count], b"hello ", "{}", log()),
+        Err(error) => {
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{}", log());
+            wait_until("a line of the log", || log().contains("event=early_clients_reset"));
+        }
+    }
+    wait_for("a worker", || try_connect().ok());
+}

@@ -131,6 +131,7 @@ impl EventLoop {
         if let Some(pool) = self.steers.pools.get_mut(&id) {
             pool.opened = Some(opened);
         }
+        self.reset_early(id);
     }
 
     pub(super) fn pool_failed(&mut self, pool: PoolId, error: String) {
@@ -314,7 +315,10 @@ impl EventLoop {
         match event {
             SteerEvent::Prepared { holder, slot, address } => self.prepared(holder, slot, address),
             SteerEvent::NotPrepared { holder, error } => self.not_prepared(holder, &error),
-            SteerEvent::Listens(slot, counts) => self.slot_listens(slot, counts),
+            SteerEvent::Listens(slot, counts) => {
+                self.reset_early(slot.pool);
+                self.slot_listens(slot, counts);
+            }
             SteerEvent::Closed(slot, counts) => {
                 let Some(io) = self.steers.slots.get_mut(&slot) else { return };
                 io.listens = None;
@@ -338,6 +342,7 @@ impl EventLoop {
                     pool.totals = totals;
                     pool.failure = None;
                 }
+                self.reset_early(pool);
             }
             SteerEvent::Corrected(pool, corrections) => {
                 log::warn!(

@@ -12,6 +12,7 @@
 
 #![cfg_attr(not(feature = "steer"), allow(dead_code, reason = "the configuration refuses it"))]
 
+mod early;
 mod hot;
 #[cfg(feature = "steer")]
 mod ports;
