@@ -54,6 +54,10 @@ bench *ARGUMENTS:
     cargo build --release -p dispatcher
     cargo run --release -p bench -- {{ARGUMENTS}}
 
+# Examine unmodified servers in steered pools and write docs/INTEGRATIONS.md (root; installs servers in target/)
+integrations:
+    tests/steered/servers/integrations
+
 # Build the API documentation
 doc:
     cargo doc --workspace --no-deps --all-features
