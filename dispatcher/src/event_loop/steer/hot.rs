@@ -54,8 +54,9 @@ impl EventLoop {
                 event => self.steer_event(event),
             }
         }
-        // The first turn begins now.
+        // The first turn begins now: a pool without workers is no fault yet.
         self.now = clock();
+        self.run.started = self.now;
         Ok(())
     }
 
