@@ -60,7 +60,7 @@ fn http_server_of_python_is_balanced() {
 
 /// Run by `tests/steered/servers/integrations`, which installs the servers.
 #[test]
-#[ignore = "takes ten minutes and needs servers from PyPI and npm: just integrations"]
+#[ignore = "takes minutes and needs servers from PyPI and npm: just integrations"]
 fn all_servers_with_full_numbers() {
     let environment: PathBuf = std::env::var_os("INTEGRATIONS").expect("INTEGRATIONS").into();
     let documents = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../docs");

@@ -1,4 +1,5 @@
-//! The distributions of the first round as bars, for the README: light and dark, without fonts of its own.
+//! The distributions of the first round as bars, for the README: light and dark, without fonts of
+//! its own.
 
 use std::fmt::Write;
 
@@ -55,8 +56,8 @@ pub fn picture(all: &[Distribution]) -> String {
          .even{{fill:#1a7f37}}.other{{fill:#8c959f}}.mean{{stroke:#59636e}}\
          @media(prefers-color-scheme:dark){{text{{fill:#f0f6fc}}.small{{fill:#9198a1}}\
          .even{{fill:#3fb950}}.other{{fill:#6e7681}}.mean{{stroke:#9198a1}}}}</style>\n\
-         <text x=\"{LEFT}\" y=\"18\" class=\"small\">connections of each of four processes, \
-         {CLIENTS} WebSockets that came one after the other</text>\n\
+         <text x=\"14\" y=\"18\" class=\"small\">connections of each of four processes; {CLIENTS} \
+         WebSockets that came one after the other</text>\n\
          {body}<path d=\"M{mean_x} 34V{end}\" class=\"mean\" stroke-dasharray=\"3 4\"/>\n\
          <text x=\"{mean_x}\" y=\"{}\" text-anchor=\"middle\" class=\"small\">{mean} each</text>\n\
          </svg>\n",

@@ -85,8 +85,8 @@ pub fn report(
          | held | {held} clients that have been served and stay: the largest minus the smallest \
          number of a process |\n\
          | events | {churn} times a client comes or a random one ends, around that number \
-         and with the same random numbers for each server; max/mean at the end. The counts equal the kernel's own list of sockets (`ss`), by \
-         process |\n\
+         and with the same random numbers for each server; max/mean at the end. \
+         The counts equal the kernel's own list of sockets (`ss`), by process |\n\
          | drain | no new connection for a drained process, and it keeps those that it has |\n\
          | kill | `kill -9` of a process: it is replaced, clients of the others keep their \
          connections, the new one is filled up |\n\
@@ -123,9 +123,9 @@ fn websocket_section(all: &[Distribution]) -> String {
     assert_eq!(first, 1, "the text says so");
     let mut text = format!(
         "## {clients} WebSockets\n\nA Starlette application that says its process id, on four \
-         processes. In the first row the kernel chooses by count; in the\nothers all workers accept \
-         from one listener. Clients come one after the other, and in a second round {second} at a \
-         time,\nand stay until all {clients} are connected. The evenness of a shared listener \
+         processes. In the first row the kernel chooses by count; in the\nothers all workers \
+         accept from one listener. Clients come one after the other, and in a second round {second} \
+         at a time,\nand stay until all {clients} are connected. The evenness of a shared listener \
          varies from run to run.\n\n\
          | | connections of each process, one after the other | max/mean | {second} at a time | \
          max/mean |\n|---|---|---:|---|---:|\n"
