@@ -62,7 +62,12 @@ impl EventLoop {
                 drop(answer.send(self.explain(&pool, peer)));
             }
             Request::Reload { plan, answer } => drop(answer.send(self.reload(*plan))),
-            Request::Command { command, answer } => drop(answer.send(self.command(command))),
+            Request::Command { command, answer } => {
+                let done = self.command(command);
+                // The kernel knows of a drain before the operator does.
+                self.perform();
+                drop(answer.send(done));
+            }
         }
     }
 
