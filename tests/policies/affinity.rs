@@ -25,6 +25,11 @@ fn affinity(dispatcher: &Dispatcher) -> AffinityStatus {
     pool(&dispatcher.status(), "web").affinity.clone().unwrap()
 }
 
+/// Waits until the pool has so many workers. A slow one may be suspect: without clients it stays so.
+fn wait_listed(dispatcher: &Dispatcher, count: usize) {
+    dispatcher.wait_status("the workers", |status| pool(status, "web").workers.len() == count);
+}
+
 /// The client with `request("me")` connects a hundred times while other clients and workers come
 /// and go.
 fn always_the_same(key: &str, request: impl Fn(&str) -> String) {
@@ -36,13 +41,13 @@ fn always_the_same(key: &str, request: impl Fn(&str) -> String) {
     for n in 0..100 {
         if n == 33 {
             workers.push(dispatcher.worker("tokio", "web", "late"));
-            dispatcher.wait_joined("web", 4);
+            wait_listed(&dispatcher, 4);
         }
         if n == 66 {
             let goes = workers.iter_mut().find(|worker| worker.name != first).unwrap();
             goes.kill();
             others.retain(|other: &Client| other.served_by != goes.name);
-            dispatcher.wait_joined("web", 3);
+            wait_listed(&dispatcher, 3);
         }
         let other = ask(address, request(&format!("other{n}")));
         *tally.entry(other.served_by.clone()).or_insert(0) += 1;
