@@ -129,6 +129,36 @@ impl Steering {
         Ok(())
     }
 
+    /// Adds an IPv6 address: `[::]:P` does not stand for IPv4.
+    ///
+    /// # Errors
+    ///
+    /// As [`Steering::add_public`], and [`Error::Invalid`] for an IPv4 address.
+    pub fn add_public_ipv6(&mut self, address: SocketAddr) -> Result<(), Error> {
+        check_port(address.port())?;
+        if address.is_ipv4() {
+            return Err(Error::Invalid(format!("{address} is an IPv4 address")));
+        }
+        self.check_own_ports()?;
+        let inserted = self.publics()?.insert(Address::from(address), 1, ANY);
+        inserted.map_err(|error| Error::refused("add a public address", error))
+    }
+
+    /// Removes every public address that is not to stay. IPv4 and IPv6 are asked for separately, also
+    /// where `[::]:P` stands for both.
+    ///
+    /// # Errors
+    ///
+    /// As [`Steering::public_addresses`], and [`Error::Invalid`] with shared ports.
+    pub fn retain_publics(&mut self, stays: impl Fn(SocketAddr) -> bool) -> Result<(), Error> {
+        self.check_own_ports()?;
+        for address in self.public_addresses()?.into_iter().filter(|&address| !stays(address)) {
+            absent_is_fine(self.publics()?.remove(&Address::from(address)))
+                .map_err(|error| Error::refused("remove a public address", error))?;
+        }
+        Ok(())
+    }
+
     /// Removes a public address: the kernel looks up its listeners as without steering.
     ///
     /// # Errors

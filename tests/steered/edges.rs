@@ -174,3 +174,29 @@ fn a_take_over_keeps_processes_and_counts() {
     wait_loads(&next, &[14]);
     drop(held);
 }
+
+/// Two pools share a port, one for each family: the one without workers keeps no client of the
+/// other.
+#[test]
+fn an_ipv6_only_listener_leaves_ipv4_to_another_pool() {
+    if !enter() {
+        return;
+    }
+    let four = keepers(2, "").replace("127.0.0.1:8000", "0.0.0.0:8000");
+    let six = "[[listener]]\nname = \"six\"\naddress = \"[::]:8000\"\nipv6_only = true\n\
+               pool = \"six\"\n[pool.six]\nmode = \"steer\"\nwait_for_worker = \"60s\"\n\
+               [pool.six.spawn]\ncommand = [\"sh\", \"-c\", \"sleep 1000\", \"{port}\"]\n";
+    // The last program decides, so both orders are tried.
+    for config in [format!("{four}{six}"), format!("{six}{four}")] {
+        let dispatcher = Dispatcher::start(&config);
+        dispatcher.wait_status("the workers to listen", |status| {
+            status.pools.iter().any(|pool| pool.name == "web" && active(pool).len() == 2)
+        });
+        let held: Vec<TcpStream> = (0..10).map(|_| connect()).collect();
+        dispatcher.wait_status("five each", |status| {
+            let web = status.pools.iter().find(|pool| pool.name == "web");
+            web.is_some_and(|pool| active(pool).iter().all(|(_, load)| *load == 5))
+        });
+        drop(held);
+    }
+}

@@ -142,6 +142,38 @@ fn a_reload_adds_and_removes_members() {
     drop((held, more, keepers));
 }
 
+/// The programs of an earlier dispatcher are attached to a cgroup. Members elsewhere would not be
+/// counted by them.
+#[test]
+fn members_in_another_cgroup_are_counted_after_a_restart() {
+    let Some(cgroup) = enter().then(Cgroup::new).flatten() else { return };
+    let Some(other) = Cgroup::new() else { return };
+    let pins = bpffs();
+    let config = |cgroup: &Cgroup| {
+        let members = [cgroup.member("a", 9001), cgroup.member("b", 9002)].concat();
+        format!("steer_pins = \"{}/pins\"\n{}", pins.path().display(), pool(&members))
+    };
+    let folder = configure(&config(&cgroup));
+    let mut dispatcher = Dispatcher::start_in(folder.path());
+    let before = [("a", 9001), ("b", 9002)].map(|(name, port)| cgroup.keeper(name, port));
+    ready(&dispatcher, 2);
+    dispatcher.process.kill();
+    drop(before);
+    let after = [("a", 9001), ("b", 9002)].map(|(name, port)| other.keeper(name, port));
+    for port in [9001, 9002] {
+        wait_until("it to listen", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+    }
+    write_config(folder.path(), &config(&other));
+    let mut dispatcher = Dispatcher::start_in(folder.path());
+    ready(&dispatcher, 2);
+    let held: Vec<TcpStream> = (0..10).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[5, 5]);
+    // A stop detaches the programs, and leaves nothing.
+    assert!(dispatcher.stop().success());
+    assert!(!has_files(&pins.path().join("pins")), "no pin is left");
+    drop((held, after));
+}
+
 /// A pool that is removed leaves its public address to another one.
 #[test]
 fn a_removed_pool_gives_its_address_up() {

@@ -92,8 +92,8 @@ impl EventLoop {
     pub(super) fn before_sleep(&mut self) -> Option<Duration> {
         self.watch_queued();
         let clients = self.watch_listeners();
-        let events = self.handshakes.ready || self.wakeup.side_ready || self.lines.ready;
-        if clients || events {
+        let threads = self.handshakes.ready || self.lines.ready || self.steers.ready;
+        if clients || threads || self.wakeup.side_ready {
             return Some(Duration::ZERO);
         }
         let mut changed = false;

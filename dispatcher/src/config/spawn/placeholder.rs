@@ -24,7 +24,8 @@ pub struct Place<'a> {
     pub name: &'a str,
     /// The name of the pool.
     pub pool: &'a str,
-    /// Where it is to listen, in a steered pool.
+    /// Where it is to listen, in a steered pool. Without it, `{addr}` and `{port}` are `127.0.0.1` and
+    /// `0`.
     pub address: Option<SocketAddr>,
     /// Its inherited listener.
     pub fd: Option<i32>,
@@ -53,6 +54,9 @@ pub fn expand(text: &str, place: Place<'_>) -> String {
             Piece::Placeholder("port") if let Some(address) = place.address => {
                 out.push_str(&address.port().to_string());
             }
+            // The pool is passed instead (`fallback`): its workers listen nowhere.
+            Piece::Placeholder("addr") => out.push_str("127.0.0.1"),
+            Piece::Placeholder("port") => out.push('0'),
             Piece::Placeholder("fd") if let Some(fd) = place.fd => out.push_str(&fd.to_string()),
             // A checked text has no bad piece.
             Piece::Text(text) | Piece::Placeholder(text) | Piece::Bad(text, _) => {

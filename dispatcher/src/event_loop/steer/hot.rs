@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use super::super::fault_kind::FaultKind;
 use super::super::{EventLoop, RunError, clock};
 use super::{
-    Holder, Opened, PoolSpec, Slot, SlotIo, SteerCommand, SteerEvent, SteeredPool, start_thread,
+    Holder, Opened, PoolSpec, Public, Slot, SlotIo, SteerCommand, SteerEvent, SteeredPool,
+    pin_name, start_thread,
 };
 use crate::background::logger::{quoted, value};
 use crate::config::{OnDispatcherLoss, Steer};
@@ -93,7 +94,10 @@ impl EventLoop {
     ) -> std::io::Result<()> {
         for id in (0..self.pools.len() as u16).map(PoolId) {
             let steers = self.pools.get(usize::from(id.0)).is_some_and(|it| it.steer.is_some());
-            if !steers || self.core.is_pool_retired(id) || self.is_steered(id) {
+            // A reload tries again what has failed.
+            let opened = self.steers.pools.get(&id);
+            let begun = opened.is_some_and(|it| it.opened.is_some() || it.failure.is_none());
+            if !steers || self.core.is_pool_retired(id) || begun {
                 continue;
             }
             let Some(spec) = self.pool_spec(id) else { continue };
@@ -153,9 +157,11 @@ impl EventLoop {
         let listeners = self.core.listeners().filter(|&it| {
             self.core.pool_of_listener(it) == Some(id) && !self.core.is_listener_retired(it)
         });
-        let publics = listeners
-            .flat_map(|listener| self.listeners.of(listener))
-            .filter_map(|socket| socket.listening.as_ref()?.address.parse().ok());
+        let publics = listeners.flat_map(|listener| self.listeners.of(listener)).filter_map(|it| {
+            let address = it.listening.as_ref()?.address.parse().ok()?;
+            let ipv6_only = self.listeners.resources(it.id)?.options.ipv6_only;
+            Some(Public { address, ipv6_only })
+        });
         let serves = resources.spawn.as_ref().is_some_and(|spawn| {
             spawn.on_dispatcher_loss == OnDispatcherLoss::Serve || !steer.members.is_empty()
         });
@@ -455,21 +461,6 @@ fn common_cgroup<'a>(cgroups: impl Iterator<Item = &'a Path>) -> Option<PathBuf>
         let same = one.components().zip(other.components()).take_while(|(a, b)| a == b);
         same.map(|(part, _)| part).collect()
     })
-}
-
-/// A name for a file of bpffs, where dots are reserved.
-fn pin_name(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
-    let mut name = String::new();
-    for c in text.trim_start_matches("unix:").chars() {
-        match c {
-            c if plain(c) => name.push(c),
-            c => name.push_str(&format!("_{:x}", u32::from(c))),
-        }
-    }
-    // The longest name of a file; longer ones are told apart by their ends.
-    let skip = name.len().saturating_sub(200);
-    name.split_off(skip)
 }
 
 #[cfg(test)]

@@ -15,6 +15,8 @@
 mod early;
 mod hot;
 #[cfg(feature = "steer")]
+mod open;
+#[cfg(feature = "steer")]
 mod ports;
 mod slots;
 mod status;
@@ -41,12 +43,20 @@ pub(super) struct PoolSpec {
     /// Where new processes listen.
     pub(super) ip: IpAddr,
     /// Where clients connect.
-    pub(super) publics: Vec<SocketAddr>,
+    pub(super) publics: Vec<Public>,
     /// How long clients wait while there is no usable worker.
     pub(super) wait: Duration,
     pub(super) policy: Policy,
     /// The directory on bpffs with which the choice outlives the dispatcher.
     pub(super) pins: Option<PathBuf>,
+}
+
+/// An address to which clients connect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Public {
+    pub(super) address: SocketAddr,
+    /// `[::]` does not stand for all IPv4 addresses, too.
+    pub(super) ipv6_only: bool,
 }
 
 /// A slot of a pool.
@@ -200,6 +210,21 @@ fn start_thread(wake: Wake) -> std::io::Result<SteerHandle> {
 fn start_thread(_wake: Wake) -> std::io::Result<SteerHandle> {
     // The configuration refuses the mode.
     Err(std::io::ErrorKind::Unsupported.into())
+}
+
+/// A name for a file of bpffs, where dots are reserved.
+fn pin_name(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    let mut name = String::new();
+    for c in text.trim_start_matches("unix:").chars() {
+        match c {
+            c if plain(c) => name.push(c),
+            c => name.push_str(&format!("_{:x}", u32::from(c))),
+        }
+    }
+    // The longest name of a file; longer ones are told apart by their ends.
+    let skip = name.len().saturating_sub(200);
+    name.split_off(skip)
 }
 
 impl Opened {

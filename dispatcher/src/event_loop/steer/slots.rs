@@ -17,8 +17,12 @@ impl EventLoop {
     pub(in crate::event_loop) fn prepare_process(&mut self, process: ProcessId) -> bool {
         let resources = self.pools.get(usize::from(process.pool.0));
         let own = resources.and_then(|pool| pool.steer.as_ref());
-        if own.is_none_or(|steer| steer.ports != Ports::Own) || !self.is_steered(process.pool) {
+        if own.is_none_or(|steer| steer.ports != Ports::Own) {
             return false;
+        }
+        if !self.is_steered(process.pool) {
+            self.not_started(process, "the kernel cannot choose the workers of its pool");
+            return true;
         }
         let (pool, holder) = (process.pool, Holder::Process(process));
         self.steers.send(SteerCommand::Prepare { pool, holder, address: None, adopt: false });

@@ -6,18 +6,22 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError};
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::time::{Duration, Instant};
 
 use dispatch_steer::{
-    Correction, Count, Error, MAX_WORKERS, Options, Policy, Steering, WorkerCounts, WorkerSettings,
+    Correction, Count, Error, MAX_WORKERS, Policy, Steering, WorkerCounts, WorkerSettings,
     listening, second,
 };
 use dispatcher_core::{PoolId, SteerCounts};
 
+use super::super::peer_thread::Outbox;
+use super::open::open;
 use super::ports::Ports;
-use super::{Opened, PoolSpec, Slot, SteerCommand, SteerEvent, SteerTotals};
+use super::{PoolSpec, Public, Slot, SteerCommand, SteerEvent, SteerTotals};
+use crate::background::logger::quoted;
+use crate::background::restart;
 use crate::wake::Wake;
 
 /// How often the counts are read.
@@ -34,27 +38,25 @@ pub(super) const MAILBOX: usize = 256;
 
 pub(super) struct SteerThread {
     commands: Receiver<SteerCommand>,
-    events: SyncSender<SteerEvent>,
-    wake: Wake,
+    outbox: Outbox<SteerEvent>,
     pools: BTreeMap<PoolId, PoolMaps>,
     ports: Ports,
     ticks: u32,
-    /// There are events that the hot thread was not woken for.
-    unannounced: bool,
-    /// The hot thread has ended.
-    over: bool,
+    /// When the counts are read next.
+    next: Instant,
 }
 
 /// A pool and its workers.
-struct PoolMaps {
-    spec: PoolSpec,
-    steering: Steering,
+pub(super) struct PoolMaps {
+    pub(super) spec: PoolSpec,
+    pub(super) steering: Steering,
     /// The cgroup of its workers.
     cgroup: PathBuf,
     slots: BTreeMap<u32, Known>,
     totals: SteerTotals,
-    /// The last failure that was reported.
+    /// The last failures that were reported: of reading and writing, and of comparisons.
     failure: Option<String>,
+    not_compared: Option<String>,
 }
 
 /// A slot in use.
@@ -79,22 +81,27 @@ impl SteerThread {
     ) -> SteerThread {
         SteerThread {
             commands,
-            events,
-            wake,
+            outbox: Outbox::new(events, wake),
             pools: BTreeMap::new(),
             ports: Ports::new(seed),
             ticks: 0,
-            unannounced: false,
-            over: false,
+            next: Instant::now() + TICK,
         }
     }
 
-    /// Runs until it is told to end, or the hot thread has ended.
+    /// Runs until it is told to end, or the hot thread has ended. After a panic it goes on.
     pub(super) fn run(mut self) {
-        let mut next = Instant::now() + TICK;
-        while !self.over {
-            let left = next.saturating_duration_since(Instant::now());
+        restart::thread("steer", || {
+            self.rounds();
+            Ok(())
+        });
+    }
+
+    fn rounds(&mut self) {
+        loop {
+            let left = self.next.saturating_duration_since(Instant::now());
             match self.commands.recv_timeout(left) {
+                // Also if the hot thread reads no events any more.
                 Ok(SteerCommand::End(kept, ended)) => {
                     self.end(&kept);
                     // The hot thread may not wait for it any more.
@@ -106,13 +113,11 @@ impl SteerThread {
                 // The dispatcher has ended without a word: what is pinned goes on.
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            if next <= Instant::now() {
+            if self.next <= Instant::now() {
+                self.next = Instant::now() + TICK;
                 self.read_all();
-                next = Instant::now() + TICK;
             }
-            if std::mem::take(&mut self.unannounced) {
-                (self.wake)();
-            }
+            self.outbox.announce();
         }
     }
 
@@ -122,23 +127,6 @@ impl SteerThread {
                 pool.detach();
             }
         }
-    }
-
-    fn report(&mut self, event: SteerEvent) {
-        let event = match self.events.try_send(event) {
-            Ok(()) => {
-                self.unannounced = true;
-                return;
-            }
-            Err(TrySendError::Disconnected(_)) => {
-                self.over = true;
-                return;
-            }
-            Err(TrySendError::Full(event)) => event,
-        };
-        (self.wake)();
-        self.unannounced = true;
-        self.over |= self.events.send(event).is_err();
     }
 
     fn obey(&mut self, command: SteerCommand) {
@@ -152,7 +140,7 @@ impl SteerThread {
                     }
                     Err(error) => Err(error),
                 };
-                self.report(SteerEvent::Opened(id, told));
+                self.outbox.report(SteerEvent::Opened(id, told));
             }
             SteerCommand::Change(spec) => {
                 let id = spec.pool;
@@ -166,7 +154,7 @@ impl SteerThread {
                     }
                     Err(error) => SteerEvent::NotPrepared { holder, error },
                 };
-                self.report(event);
+                self.outbox.report(event);
             }
             SteerCommand::Sweep(id) => {
                 let swept = self.pools.get_mut(&id).map(PoolMaps::sweep);
@@ -215,7 +203,7 @@ impl SteerThread {
         let Some(pool) = self.pools.get_mut(&id) else { return };
         if pool.failure.as_ref() != Some(&error) {
             pool.failure = Some(error.clone());
-            self.report(SteerEvent::Failed(id, error));
+            self.outbox.report(SteerEvent::Failed(id, error));
         }
     }
 
@@ -225,120 +213,49 @@ impl SteerThread {
             return;
         }
         let has_live = |pool: &PoolMaps| pool.slots.values().any(|known| known.counts.live > 0);
+        // Without the list, the queues count as they were.
         let queues = match self.pools.values().any(has_live) {
-            true => Queues::read(),
-            false => Queues::default(),
+            true => Queues::read().ok(),
+            false => Some(Queues::default()),
         };
         self.ticks = self.ticks.wrapping_add(1);
         let ids: Vec<PoolId> = self.pools.keys().copied().collect();
         for id in ids {
             let Some(pool) = self.pools.get_mut(&id) else { continue };
             let mut events = Vec::new();
-            let compared = pool.compare(id, self.ticks, &mut events);
-            let read = compared.and_then(|()| pool.read(id, &queues, &mut events));
-            events.into_iter().for_each(|event| self.report(event));
-            match read {
-                Ok(()) => {
-                    if let Some(pool) = self.pools.get_mut(&id) {
-                        pool.failure = None;
-                    }
+            if let Some(compared) = pool.compare(id, self.ticks, &mut events) {
+                let failure = compared.err().map(|error| error.to_string());
+                if let Some(error) = failure.clone().filter(|_| failure != pool.not_compared) {
+                    events.push(SteerEvent::Failed(id, error));
                 }
-                Err(error) => self.note(id, Err(error)),
+                pool.not_compared = failure;
             }
+            let read = pool.read(id, queues.as_ref(), &mut events);
+            if read.is_ok() && pool.failure.take().is_some() {
+                // What does not work any more is over.
+                events.push(SteerEvent::Totals(id, pool.totals));
+            }
+            events.into_iter().for_each(|event| self.outbox.report(event));
+            self.note(id, read);
         }
     }
-}
-
-/// Attaches the programs, or adopts those of an earlier dispatcher.
-fn open(spec: PoolSpec) -> Result<(PoolMaps, Opened), String> {
-    let mut opened = Opened::default();
-    let mut adopted = None;
-    if let Some(pins) = spec.pins.as_deref().filter(|pins| pins.exists()) {
-        match Steering::adopt(pins) {
-            Ok(steering) => adopted = Some(steering),
-            Err(error) => {
-                log::warn!(
-                    "event=steer_not_adopted pool={} path={} error={}",
-                    spec.name,
-                    crate::background::logger::value(&pins.display()),
-                    crate::background::logger::quoted(&error)
-                );
-                dispatch_steer::remove_pins(pins).map_err(|error| error.to_string())?;
-            }
-        }
-    }
-    let cgroup = match &spec.cgroup {
-        Some(cgroup) => cgroup.clone(),
-        None => dispatch_steer::machine::own_cgroup().map_err(|error| error.to_string())?,
-    };
-    let steering = match adopted {
-        Some(steering) => {
-            (opened.adopted, opened.pinned) = (true, true);
-            steering
-        }
-        None => {
-            let options = Options { cgroup: cgroup.clone(), wait: spec.wait };
-            let steering = Steering::load(&options).map_err(|error| error.to_string())?;
-            match &spec.pins {
-                None => steering,
-                Some(pins) => pin(steering, &options, pins, &mut opened)?,
-            }
-        }
-    };
-    let mut pool = PoolMaps {
-        spec,
-        steering,
-        cgroup,
-        slots: BTreeMap::new(),
-        totals: SteerTotals::default(),
-        failure: None,
-    };
-    pool.recover().map_err(|error| error.to_string())?;
-    let spec = pool.spec.clone();
-    pool.change(spec).map_err(|error| error.to_string())?;
-    opened.writer = Some(pool.steering.writer().map_err(|error| error.to_string())?);
-    Ok((pool, opened))
-}
-
-/// Pins the programs. Without pins the choice ends with the dispatcher, which is better than none.
-fn pin(
-    steering: Steering,
-    options: &Options,
-    pins: &Path,
-    opened: &mut Opened,
-) -> Result<Steering, String> {
-    let made = match pins.parent() {
-        Some(parent) => make_directory(parent),
-        None => Ok(()),
-    };
-    let pinned = match made {
-        Ok(()) => steering.pin(pins).map_err(|error| error.to_string()),
-        Err(error) => {
-            opened.not_pinned = Some(format!("{}: {error}", pins.display()));
-            return Ok(steering);
-        }
-    };
-    match pinned {
-        Ok(steering) => {
-            opened.pinned = true;
-            Ok(steering)
-        }
-        Err(error) => {
-            opened.not_pinned = Some(error);
-            Steering::load(options).map_err(|error| error.to_string())
-        }
-    }
-}
-
-/// Makes a directory and those above it that do not exist, for this user only.
-fn make_directory(path: &Path) -> std::io::Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
 impl PoolMaps {
+    pub(super) fn new(spec: PoolSpec, steering: Steering, cgroup: PathBuf) -> PoolMaps {
+        PoolMaps {
+            spec,
+            steering,
+            cgroup,
+            slots: BTreeMap::new(),
+            totals: SteerTotals::default(),
+            failure: None,
+            not_compared: None,
+        }
+    }
+
     /// The slots of an earlier dispatcher.
-    fn recover(&mut self) -> Result<(), Error> {
+    pub(super) fn recover(&mut self) -> Result<(), Error> {
         for (address, number) in self.steering.addresses()? {
             // A worker has several addresses with one port.
             let known = self.slots.entry(number).or_insert_with(|| Known::new(address));
@@ -357,17 +274,17 @@ impl PoolMaps {
         freed.into_iter().try_for_each(|number| self.free(number))
     }
 
-    fn change(&mut self, spec: PoolSpec) -> Result<(), Error> {
+    pub(super) fn change(&mut self, spec: PoolSpec) -> Result<(), Error> {
         self.steering.set_wait(spec.wait)?;
         self.steering.set_policy(policy(spec.policy))?;
-        for &new in &spec.publics {
-            self.steering.add_public(new)?;
-        }
-        for old in self.steering.public_addresses()? {
-            if !spec.publics.iter().any(|new| includes(*new, old)) {
-                self.steering.remove_public(old)?;
+        for new in &spec.publics {
+            match new.ipv6_only {
+                true => self.steering.add_public_ipv6(new.address)?,
+                false => self.steering.add_public(new.address)?,
             }
         }
+        let stays = |old| spec.publics.iter().any(|new| includes(*new, old));
+        self.steering.retain_publics(stays)?;
         self.spec = spec;
         Ok(())
     }
@@ -416,17 +333,21 @@ impl PoolMaps {
         }
     }
 
-    /// Compares listeners and counts with the kernel's lists.
+    /// Compares listeners and counts with the kernel's lists, if it is time for that.
     fn compare(
         &mut self,
         id: PoolId,
         ticks: u32,
         events: &mut Vec<SteerEvent>,
-    ) -> Result<(), Error> {
-        let corrections = match ticks {
-            ticks if ticks.is_multiple_of(RECONCILE) => self.steering.reconcile()?,
-            ticks if ticks.is_multiple_of(VERIFY) => self.steering.verify_listeners()?,
-            _ => return Ok(()),
+    ) -> Option<Result<(), Error>> {
+        let compared = match ticks {
+            ticks if ticks.is_multiple_of(RECONCILE) => self.steering.reconcile(),
+            ticks if ticks.is_multiple_of(VERIFY) => self.steering.verify_listeners(),
+            _ => return None,
+        };
+        let corrections = match compared {
+            Ok(corrections) => corrections,
+            Err(error) => return Some(Err(error)),
         };
         if !corrections.is_empty() {
             let text = |it: &Correction| {
@@ -442,7 +363,7 @@ impl PoolMaps {
             let texts = corrections.iter().map(text).collect();
             events.push(SteerEvent::Corrected(id, texts));
         }
-        Ok(())
+        Some(Ok(()))
     }
 
     fn free(&mut self, number: u32) -> Result<(), Error> {
@@ -455,7 +376,7 @@ impl PoolMaps {
     fn read(
         &mut self,
         id: PoolId,
-        queues: &Queues,
+        queues: Option<&Queues>,
         events: &mut Vec<SteerEvent>,
     ) -> Result<(), Error> {
         let now = second();
@@ -466,7 +387,12 @@ impl PoolMaps {
             let slot = Slot { pool: id, number };
             let found = self.steering.counts(number)?;
             let listens = found.listeners != [0, 0];
-            let counts = counts(&found, now, if listens { queues.of(known.address) } else { 0 });
+            let queued = match queues {
+                _ if !listens => 0,
+                Some(queues) => queues.of(known.address),
+                None => known.counts.queued,
+            };
+            let counts = counts(&found, now, queued);
             let not_adopted = known.not_adopted.as_ref().filter(|_| !listens).cloned();
             let problem = found.problem().or(not_adopted);
             if problem != known.problem {
@@ -501,15 +427,12 @@ impl PoolMaps {
     fn detach(self) {
         let pins = self.spec.pins.clone();
         if let Err(error) = self.steering.detach() {
-            log::warn!(
-                "event=steer_not_detached pool={} error={}",
-                self.spec.name,
-                crate::background::logger::quoted(&error)
-            );
+            log::warn!("event=steer_not_detached pool={} error={}", self.spec.name, quoted(&error));
         }
-        if let Some(parent) = pins.as_deref().and_then(Path::parent) {
-            // Another pool of this dispatcher may have pins there.
-            let _ = std::fs::remove_dir(parent);
+        if let Some(pins) = pins {
+            // Another pool of this dispatcher may have pins above.
+            let _ = std::fs::remove_dir(&pins);
+            let _ = pins.parent().map(std::fs::remove_dir);
         }
     }
 }
@@ -541,10 +464,11 @@ fn policy(policy: dispatcher_core::Policy) -> Policy {
 }
 
 /// Whether a public address stands for another one: `[::]:P` also for `0.0.0.0:P`.
-fn includes(public: SocketAddr, other: SocketAddr) -> bool {
+fn includes(public: Public, other: SocketAddr) -> bool {
+    let Public { address, ipv6_only } = public;
     let any = |ip: IpAddr| ip.is_unspecified();
-    let both = public.is_ipv6() && any(public.ip()) && any(other.ip());
-    public == other || (both && public.port() == other.port())
+    let both = address.is_ipv6() && !ipv6_only && any(address.ip()) && any(other.ip());
+    address == other || (both && address.port() == other.port())
 }
 
 /// Whether listeners at the loopback and at all addresses are those of the worker, too.
@@ -552,12 +476,12 @@ fn is_own(ip: IpAddr) -> bool {
     ip.is_loopback() || ip.is_unspecified()
 }
 
-fn counts(found: &WorkerCounts, second: u32, queued: u32) -> SteerCounts {
+fn counts(found: &WorkerCounts, second: u32, queued: u64) -> SteerCounts {
     SteerCounts {
         live: u64::try_from(found.live).unwrap_or(0),
         pending: found.pending(second),
         total: found.total,
-        queued: queued.into(),
+        queued,
     }
 }
 
@@ -566,20 +490,24 @@ fn counts(found: &WorkerCounts, second: u32, queued: u32) -> SteerCounts {
 struct Queues(HashMap<u16, Vec<(IpAddr, u32)>>);
 
 impl Queues {
-    fn read() -> Queues {
+    fn read() -> std::io::Result<Queues> {
         let mut queues: HashMap<u16, Vec<(IpAddr, u32)>> = HashMap::new();
-        // Without the list no worker becomes suspect; the next reading may succeed.
-        for socket in listening::list().unwrap_or_default() {
+        for socket in listening::list()? {
             let port = queues.entry(socket.address.port()).or_default();
             port.push((socket.address.ip(), socket.queued));
         }
-        Queues(queues)
+        Ok(Queues(queues))
     }
 
     /// The connections that wait at the listeners of a worker.
-    fn of(&self, address: SocketAddr) -> u32 {
+    fn of(&self, address: SocketAddr) -> u64 {
         let own = |ip: &IpAddr| *ip == address.ip() || (is_own(*ip) && is_own(address.ip()));
         let sockets = self.0.get(&address.port());
-        sockets.into_iter().flatten().filter(|(ip, _)| own(ip)).map(|(_, queued)| *queued).sum()
+        sockets
+            .into_iter()
+            .flatten()
+            .filter(|(ip, _)| own(ip))
+            .map(|(_, queued)| u64::from(*queued))
+            .sum()
     }
 }
