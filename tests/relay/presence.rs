@@ -36,6 +36,7 @@ fn who_and_online_name_the_workers() {
     assert_eq!(online, expected);
 
     let rooms: Vec<_> = (100..200).map(|n| a.join(&id(&format!("room-{n}")))).collect();
+    wait_until("the groups to be there", || directory.count("groups") == 100);
     let first = b.groups(b"").wait().unwrap();
     let last = first.last().unwrap().group.clone();
     let second = b.groups(last.as_bytes()).wait().unwrap();
