@@ -2,8 +2,10 @@
 #![allow(unsafe_code)]
 
 mod child;
+mod inherit;
 
 pub use self::child::{ChildSetup, Step, failed_step};
+pub use self::inherit::{FIRST_INHERITED, keep_numbers, run_with_descriptors};
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -275,19 +277,7 @@ pub fn start_with_recorded_id(command: &mut Command, file: RawFd, mut line: Vec<
     // Room for every process id, so that the child allocates nothing.
     line.resize(prefix + MAX_DIGITS + 1, 0);
     let record = move || {
-        let mut digits = [0; MAX_DIGITS];
-        let mut first = MAX_DIGITS;
-        let mut rest = std::process::id();
-        loop {
-            first -= 1;
-            digits[first] = b'0' + (rest % 10) as u8;
-            rest /= 10;
-            if rest == 0 {
-                break;
-            }
-        }
-        let length = MAX_DIGITS - first;
-        line[prefix..prefix + length].copy_from_slice(&digits[first..]);
+        let length = write_own_id(&mut line[prefix..]);
         line[prefix + length] = b'\n';
         let bytes = &line[..=prefix + length];
         // SAFETY: the slice has as many readable bytes as stated. The caller keeps the descriptor
@@ -302,6 +292,25 @@ pub fn start_with_recorded_id(command: &mut Command, file: RawFd, mut line: Vec<
     // SAFETY: between fork and exec only async-signal-safe operations are allowed: this is one
     // system call on memory that was allocated before; errors are made of numbers.
     unsafe { command.pre_exec(record) };
+}
+
+/// Writes the id of this process in decimal, where there is room for [`MAX_DIGITS`]. Returns the
+/// number of digits. Safe between fork and exec.
+fn write_own_id(to: &mut [u8]) -> usize {
+    let mut digits = [0; MAX_DIGITS];
+    let mut first = MAX_DIGITS;
+    let mut rest = std::process::id();
+    loop {
+        first -= 1;
+        digits[first] = b'0' + (rest % 10) as u8;
+        rest /= 10;
+        if rest == 0 {
+            break;
+        }
+    }
+    let length = MAX_DIGITS - first;
+    to[..length].copy_from_slice(&digits[first..]);
+    length
 }
 
 /// Makes the kernel send `signal` to the program that `command` starts when the calling thread ends,

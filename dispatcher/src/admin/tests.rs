@@ -506,6 +506,7 @@ fn stopping_ends_the_processes_first() {
         max_memory: None,
         fork: None,
         address: None,
+        listeners: spawner::Listeners::default(),
         patience: PATIENCE,
         descriptors: None,
         setup: crate::config::ProcessSetup::default(),

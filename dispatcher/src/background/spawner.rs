@@ -8,6 +8,7 @@ mod deploys;
 mod group;
 mod journal;
 mod leader;
+mod listeners;
 mod memory;
 mod output;
 mod prefork;
@@ -33,6 +34,7 @@ pub use self::journal::Record;
 use self::journal::{Journal, LOCK_TIME};
 use self::leader::Found;
 pub(crate) use self::leader::UNKNOWN;
+pub use self::listeners::Listeners;
 pub use self::output::{LastOutput, OutputLine, Stream, lost_lines};
 pub use self::ready_check::{CheckConnection, CheckFate, CheckRequest};
 use self::reaper::Own;
@@ -82,6 +84,8 @@ pub struct SpawnRequest {
     pub fork: Option<Duration>,
     /// Where it is to listen, in a steered pool.
     pub address: Option<SocketAddr>,
+    /// What it inherits, as from a service manager. Nothing for a process with `fork`.
+    pub listeners: Listeners,
 }
 
 /// A report about a process.

@@ -12,7 +12,7 @@ use super::gauges::show_gauges;
 use super::rate_limit::{Cause, ProcessEvent};
 use crate::api::status::Status;
 use crate::background::logger::{quoted, value};
-use crate::background::spawner::{Report, SpawnRequest, UNKNOWN};
+use crate::background::spawner::{Listeners, Report, SpawnRequest, UNKNOWN};
 use crate::config::UnixSource;
 use crate::mailbox::{DeferredStatus, Request};
 use dispatcher_core::{ListenerId, ProcessId};
@@ -156,6 +156,7 @@ impl EventLoop {
             max_memory: spawn.max_memory,
             fork: spawn.fork.then_some(settings.supervision.start_timeout),
             address,
+            listeners: Listeners::default(),
         };
         if self.side.spawner.spawn(request).is_err() {
             self.core.spawned(self.now, process, false);

@@ -28,7 +28,7 @@ use super::leader::{Leader, Status};
 use super::output::Pipes;
 use super::start::{Started, start as start_process};
 use super::task::{KILLED, ordered};
-use super::{Common, SpawnRequest, Stop, Stops, group};
+use super::{Common, Listeners, SpawnRequest, Stop, Stops, group};
 use crate::background::logger::{quoted, value};
 use crate::config::{Account, OnDispatcherLoss, Output, Place, depends_on_process, expand};
 use crate::sys;
@@ -104,6 +104,7 @@ fn template(request: &SpawnRequest) -> SpawnRequest {
         patience: Duration::ZERO,
         fork: None,
         address: None,
+        listeners: Listeners::default(),
         ..request.clone()
     }
 }

@@ -10,8 +10,8 @@ use nix::unistd::Pid;
 use rustix::process::{Gid, Resource, Rlimit, Signal, Uid};
 use tokio::process::Child;
 
-use super::SpawnRequest;
 use super::output::{LastOutput, Pipes, Reading, Source};
+use super::{Listeners, SpawnRequest};
 use crate::config::{
     Limit, NOT_INHERITED, OnDispatcherLoss, Output, Place, UNLIMITED, depends_on_process, expand,
 };
@@ -39,12 +39,15 @@ pub(super) fn start(
     prefork: Option<BorrowedFd<'_>>,
 ) -> Result<Started, String> {
     let number = request.process.place.saturating_add(1);
+    // A process that forks others cannot be the one that listens.
+    let listeners =
+        if prefork.is_some() { Listeners::default() } else { request.listeners.clone() };
     let place = Place {
         number,
         name: &request.name,
         pool: &request.pool,
         address: request.address,
-        fd: None,
+        fd: listeners.first(),
     };
     let words: Vec<String> = request.command.iter().map(|word| expand(word, place)).collect();
     let (program, arguments) = words.split_first().ok_or("no command")?;
@@ -75,6 +78,10 @@ pub(super) fn start(
     for name in NOT_INHERITED {
         command.env_remove(name);
     }
+    if !listeners.is_empty() {
+        command.env("LISTEN_FDS", listeners.len().to_string());
+        command.env("LISTEN_FDNAMES", listeners.names());
+    }
     match prefork {
         None => command.env_remove("DISPATCH_PREFORK_FD"),
         Some(channel) => {
@@ -96,6 +103,8 @@ pub(super) fn start(
         }
     };
     let setup = child_setup(request, directory.as_deref())?;
+    let kept =
+        (!listeners.is_empty()).then(|| sys::keep_numbers(command.as_std_mut(), listeners.len()));
     sys::start_with_default_signals(command.as_std_mut());
     if let Some(journal) = journal {
         let line = format!("pid {} ", request.token).into_bytes();
@@ -106,12 +115,17 @@ pub(super) fn start(
     if prefork.is_some() {
         // Until it serves its channel, it would not notice the end of the dispatcher.
         sys::end_with_this_thread(command.as_std_mut(), Signal::KILL);
-    } else if request.address.is_some() && request.on_dispatcher_loss != OnDispatcherLoss::Serve {
+    } else if (request.address.is_some() || !listeners.is_empty())
+        && request.on_dispatcher_loss != OnDispatcherLoss::Serve
+    {
         // It knows nothing of the dispatcher.
         sys::end_with_this_thread(command.as_std_mut(), Signal::TERM);
     }
-    let child = command
-        .spawn()
+    let inherits = kept.map_or(Ok(()), |kept| {
+        sys::run_with_descriptors(command.as_std_mut(), &listeners.descriptors(), kept)
+    });
+    let child = inherits
+        .and_then(|()| command.spawn())
         .map_err(|error| explain(&error, request, (program, directory.as_deref())))?;
     let pid = child
         .id()

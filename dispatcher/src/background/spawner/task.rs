@@ -59,6 +59,8 @@ pub(super) async fn start(
     common.own.add(pid.as_raw());
     common.reports.send(Report::Spawned { process, pid: pid.as_raw() });
     let task = Task { process, pid, patience: request.patience, max_memory: request.max_memory };
+    // The process has its own descriptors of its listeners.
+    drop(request);
     task.follow(Leader::Child(child), output, stop, common).await
 }
 

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc::Receiver};
 use std::time::Instant;
 
+mod listeners;
 mod setup;
 
 use nix::sys::signal::Signal;
@@ -65,6 +66,7 @@ impl Bench {
             max_memory: None,
             fork: None,
             address: None,
+            listeners: Listeners::default(),
             patience: PATIENCE,
         };
         change(&mut request);
@@ -326,6 +328,7 @@ fn nothing_starts_while_stopping() {
         max_memory: None,
         fork: None,
         address: None,
+        listeners: Listeners::default(),
         patience: PATIENCE,
     };
     bench.spawner.spawn(request).expect_err("no service any more");

@@ -12,7 +12,7 @@ fn directory(mode: u32) -> tempfile::TempDir {
     directory
 }
 
-fn account(uid: u32, groups: &[u32]) -> Account {
+pub(super) fn account(uid: u32, groups: &[u32]) -> Account {
     Account {
         uid,
         gid: groups[0],
@@ -26,7 +26,7 @@ fn account(uid: u32, groups: &[u32]) -> Account {
     }
 }
 
-fn is_root() -> bool {
+pub(super) fn is_root() -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
         test_support::skip("needs root");
