@@ -1,8 +1,10 @@
-//! Workers at the limits of their process: few file descriptors, wrong ones, forks. Each in a
-//! separate process.
+//! Workers at the limits of their process: few file descriptors, wrong ones, inherited ones, forks.
+//! Each in a separate process.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
-use std::os::fd::AsFd;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
 
@@ -134,7 +136,6 @@ fn a_client_without_free_descriptors_sets_no_server_aside() {
 
 #[test]
 fn client_child() {
-    use std::net::TcpListener;
     use std::time::Duration;
     use worker_sdk::connector::{self, Addresses, ConnectorConfig, Error, Selection};
 
@@ -170,12 +171,107 @@ fn client_child() {
 }
 
 /// Runs one test of this program again, alone in a process.
+#[test]
+fn a_server_inherits_its_listeners() {
+    let listeners = [0, 1].map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+    let addresses = [0, 1].map(|number: usize| listeners[number].local_addr().unwrap());
+    let greetings = thread::spawn(move || {
+        addresses.map(|address| {
+            let mut client = TcpStream::connect(address).unwrap();
+            client.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();
+            let mut text = String::new();
+            client.read_to_string(&mut text).map(|_| text).unwrap_or_else(|e| e.to_string())
+        })
+    });
+    let [first, second] = listeners;
+    inheriting("inherits_child", "exec 3<&0 4<&2", [first.into(), second.into()]);
+    assert_eq!(greetings.join().unwrap(), ["listener 0", "listener 1"]);
+}
+
+#[test]
+fn inherits_child() {
+    if !is_child("inherits_child") {
+        return;
+    }
+    let listeners = worker_sdk::inherited_listeners().unwrap();
+    assert_eq!(listeners.len(), 2);
+    for (number, listener) in listeners.iter().enumerate() {
+        let flags = rustix::io::fcntl_getfd(listener).unwrap();
+        assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+        let (mut client, _) = listener.accept().unwrap();
+        write!(client, "listener {number}").unwrap();
+    }
+    worker_sdk::inherited_listeners().expect_err("they have an owner");
+    drop(listeners);
+    worker_sdk::inherited_listeners().expect_err("they had an owner");
+}
+
+#[test]
+fn what_is_no_listener_is_named() {
+    let listener = || OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap());
+    inheriting("no_listener_child", "exec 3<&0 4</dev/null", [listener(), listener()]);
+    let directory = tempfile::tempdir().unwrap();
+    let unix = std::os::unix::net::UnixListener::bind(directory.path().join("socket"));
+    inheriting("no_listener_child", "exec 3<&0 4<&2", [listener(), unix.unwrap().into()]);
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let connected = TcpStream::connect(server.local_addr().unwrap()).unwrap();
+    inheriting("no_listener_child", "exec 3<&0 4<&2", [listener(), connected.into()]);
+    inheriting("no_listener_child", "exec 3<&0 4<&-", [listener(), listener()]);
+}
+
+#[test]
+fn no_listener_child() {
+    if !is_child("no_listener_child") {
+        return;
+    }
+    // None is taken over, so it is the same again.
+    for _ in 0..2 {
+        let error = worker_sdk::inherited_listeners().unwrap_err().to_string();
+        assert!(error.starts_with("descriptor 4 of LISTEN_FDS=2 is no TCP listener: "), "{error}");
+    }
+}
+
+#[test]
+fn listeners_of_others_are_not_taken_over() {
+    assert!(worker_sdk::inherited_listeners().unwrap().is_empty());
+    let listener = || OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap());
+    let script = "exec 3<&0 4<&2; others=1";
+    inheriting("others_child", script, [listener(), listener()]);
+}
+
+#[test]
+fn others_child() {
+    if !is_child("others_child") {
+        return;
+    }
+    assert!(worker_sdk::inherited_listeners().unwrap().is_empty());
+}
+
+/// Runs a test in a process that inherits two descriptors, which the script puts in their places.
+fn inheriting(name: &str, script: &str, [first, second]: [OwnedFd; 2]) {
+    let run = "exec 0</dev/null 2>&1; export LISTEN_PID=$(($$ + ${others:-0})) LISTEN_FDS=2; \
+               exec \"$0\" --exact \"$1\" --nocapture --test-threads=1";
+    let output = std::process::Command::new("sh")
+        .args(["-c", &format!("{script}; {run}")])
+        .args([std::env::current_exe().unwrap().as_os_str(), name.as_ref()])
+        .env("SDK_TEST_CHILD", name)
+        .stdin(first)
+        .stderr(second)
+        .output()
+        .unwrap();
+    has_passed(&output);
+}
+
 fn in_child(name: &str) {
     let output = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env("SDK_TEST_CHILD", name)
         .output()
         .unwrap();
+    has_passed(&output);
+}
+
+fn has_passed(output: &std::process::Output) {
     let (stdout, stderr) =
         (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     // A name without a test would be a success, too.

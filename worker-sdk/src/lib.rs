@@ -37,6 +37,9 @@
 //! - **Pre-fork**: [`prefork`] loads the application once and forks the workers of a pool with
 //!   `fork = true`; they share what was loaded.
 //!
+//! - **Inherited listeners**: [`inherited_listeners`] is for servers that listen by themselves, at
+//!   a listener that the dispatcher or a service manager passes to them.
+//!
 //! # One thread per connection
 //!
 //! ```no_run
@@ -130,6 +133,7 @@ mod client;
 pub mod connector;
 #[cfg(not(feature = "connector"))]
 mod connector;
+mod inherit;
 #[cfg(feature = "mio")]
 pub mod mio;
 mod peer;
@@ -150,6 +154,7 @@ pub use client::{
     Sampling, Worker, WorkerConfig, prefork,
 };
 pub use dispatch_protocol::Token;
+pub use inherit::inherited_listeners;
 pub use peer::PeerAddr;
 pub use proxy::{Proxy, Tlvs};
 

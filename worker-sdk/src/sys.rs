@@ -145,11 +145,9 @@ pub(crate) fn all_received(socket: &OwnedFd) -> bool {
     result != 0 || unread == 0
 }
 
-/// Takes over the socket with this number, which the dispatcher passed to this program, and sets it
-/// close-on-exec.
-pub(crate) fn adopt_channel(fd: std::os::fd::RawFd) -> io::Result<OwnedFd> {
-    use std::os::fd::FromRawFd;
-
+/// Checks that another program passed the file with this number: everything that this process opens
+/// itself, or has taken over, is close-on-exec.
+fn was_passed(fd: std::os::fd::RawFd) -> io::Result<()> {
     // SAFETY: the call takes any number, and reads a flag or fails.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
     if flags == -1 {
@@ -158,6 +156,54 @@ pub(crate) fn adopt_channel(fd: std::os::fd::RawFd) -> io::Result<OwnedFd> {
     if flags & libc::FD_CLOEXEC != 0 {
         return Err(io::Error::other("this process has opened it, or has taken it over before"));
     }
+    Ok(())
+}
+
+/// Takes over the TCP listeners with these numbers, which another program passed to this one, and
+/// sets them close-on-exec. All or none: the error has the first number that is none. The caller
+/// prevents that two threads do this at the same time.
+pub(crate) fn adopt_listeners(
+    numbers: std::ops::Range<std::os::fd::RawFd>,
+) -> Result<Vec<std::net::TcpListener>, (std::os::fd::RawFd, io::Error)> {
+    use rustix::net::{AddressFamily, SocketType, sockopt};
+    use std::os::fd::{BorrowedFd, FromRawFd};
+
+    let check = |fd| {
+        was_passed(fd)?;
+        // SAFETY: the number is open. Another program passed it to this one, and no code of this
+        // process has an owner for it that would close it meanwhile.
+        let socket = unsafe { BorrowedFd::borrow_raw(fd) };
+        let internet = [AddressFamily::INET, AddressFamily::INET6];
+        if sockopt::socket_type(socket)? != SocketType::STREAM
+            || !internet.contains(&sockopt::socket_domain(socket)?)
+        {
+            return Err(io::Error::other("it is a socket of another type"));
+        }
+        if !sockopt::socket_acceptconn(socket)? {
+            return Err(io::Error::other("it does not listen"));
+        }
+        Ok(())
+    };
+    for fd in numbers.clone() {
+        check(fd).map_err(|error| (fd, error))?;
+    }
+    let adopt = |fd| {
+        // SAFETY: the number is open and was passed to this program (just checked); the flag set
+        // below prevents a second owner.
+        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)
+            .map_err(|error| (fd, error.into()))?;
+        Ok(socket.into())
+    };
+    numbers.map(adopt).collect()
+}
+
+/// Takes over the socket with this number, which the dispatcher passed to this program, and sets it
+/// close-on-exec.
+pub(crate) fn adopt_channel(fd: std::os::fd::RawFd) -> io::Result<OwnedFd> {
+    use std::os::fd::FromRawFd;
+
+    was_passed(fd)?;
     let mut kind: libc::c_int = 0;
     let mut len = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: the kernel writes at most `len` bytes into `kind`, which has as many, and `len`; both
