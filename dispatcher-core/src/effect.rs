@@ -65,6 +65,8 @@ pub enum Effect {
     CheckOver { worker: WorkerId, ticket: Ticket, taken: bool },
     /// Have the kernel treat a steered worker like this, from its next connection on.
     Steer { worker: WorkerId, settings: SteerSettings },
+    /// Move the connections that wait in the accept queue of a steered worker to other workers.
+    MoveQueue { worker: WorkerId },
     /// Write an event to the log.
     Event(Event),
 }

@@ -483,6 +483,7 @@ impl Core {
             | Effect::CheckReady { .. }
             | Effect::CheckOver { .. }
             | Effect::Steer { .. }
+            | Effect::MoveQueue { .. }
             | Effect::Event(_) => {}
         }
         Some(effect)

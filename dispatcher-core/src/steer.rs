@@ -7,7 +7,8 @@
 //! connection counts as accepted and taken when its handshake is complete.
 //!
 //! A worker is suspect if connections wait in its accept queue and it has accepted none for longer
-//! than its patience, as a worker that leaves connections untaken.
+//! than its patience, as a worker that leaves connections untaken. Where queues can be moved, what
+//! waits goes to trusted workers then, and it has to accept before it is trusted again.
 
 use dispatch_protocol::wire::{Features, Hello, RefusedCode, VERSION};
 
@@ -46,12 +47,17 @@ pub struct SteerCounts {
     pub total: u64,
     /// Connections in its accept queue: it has not accepted them.
     pub queued: u64,
+    /// Connections that came from the queue of another worker, ever.
+    pub moved_in: u64,
+    /// Connections that went from its queue to another worker, ever.
+    pub moved_out: u64,
 }
 
 impl SteerCounts {
     /// Connections that the worker has accepted, ever.
     fn accepted(&self) -> u64 {
-        self.total.saturating_sub(self.queued)
+        let arrived = self.total.saturating_add(self.moved_in);
+        arrived.saturating_sub(self.moved_out).saturating_sub(self.queued)
     }
 
     /// No sum of possible counts overflows.
@@ -62,6 +68,8 @@ impl SteerCounts {
             pending: self.pending.min(MOST_LIVE - live),
             total: self.total.min(MOST_TAKEN),
             queued: self.queued.min(MOST_LIVE),
+            moved_in: self.moved_in.min(MOST_TAKEN),
+            moved_out: self.moved_out.min(MOST_TAKEN),
         }
     }
 }
@@ -95,6 +103,8 @@ pub(super) struct Steered {
     accepted: u64,
     /// Connections wait since then, and it has accepted none.
     waits_since: Option<Time>,
+    /// Its queue is empty because it was moved, not because it accepts.
+    must_accept: bool,
     /// The last [`Effect::Steer`].
     told: Option<SteerSettings>,
 }
@@ -157,6 +167,7 @@ impl Core {
             joined_live: counts.live,
             accepted: counts.accepted(),
             waits_since: None,
+            must_accept: false,
             told: None,
         });
         let (pid, process) = (join.pid, join.process);
@@ -181,9 +192,12 @@ impl Core {
             // New programs count from zero.
             steered.accepted = counts.accepted();
         }
+        let arrived = counts.moved_in.saturating_sub(steered.counts.moved_in);
+        steered.must_accept |= counts.moved_out > steered.counts.moved_out;
         steered.counts = counts;
-        state.sent += new;
-        state.taken += new;
+        // What moves between workers has arrived at the pool once.
+        state.sent += new + arrived;
+        state.taken += new + arrived;
         // The counts of one moment are not read at once, so a difference may seem to shrink.
         let ended = (steered.joined_live + state.taken).saturating_sub(counts.live);
         state.finished = state.finished.max(ended);
@@ -222,6 +236,8 @@ impl Core {
         let accepted = steered.counts.accepted();
         let accepts = accepted > steered.accepted;
         steered.accepted = steered.accepted.max(accepted);
+        steered.must_accept &= !accepts;
+        let must_accept = steered.must_accept;
         let since = steered.waits_since;
         let waits = steered.counts.queued > 0;
         steered.waits_since = match (waits, accepts, since) {
@@ -233,7 +249,7 @@ impl Core {
         if accepts && let Some(since) = since {
             worker.trust.took(since, now, timeout);
         }
-        if accepts || !waits {
+        if accepts || !(waits || must_accept) {
             worker.trust.proven = true;
             if worker.state == State::Suspect || worker.unproven {
                 self.trust(now, w);
@@ -249,6 +265,30 @@ impl Core {
         {
             self.suspect(now, w, since, waited);
             self.end_round(now, w);
+        }
+        self.relieve(w);
+    }
+
+    /// Has the queue of a worker that is not trusted moved, if a trusted one can take it.
+    fn relieve(&mut self, w: usize) {
+        let worker = &self.workers[w];
+        let waits = worker.steered.as_ref().is_some_and(|steered| steered.counts.queued > 0);
+        let distrusted =
+            worker.state == State::Suspect || (worker.state == State::Draining && worker.unproven);
+        let pool = &self.pools[worker.pool];
+        if !waits || !distrusted || !pool.settings.queues_move {
+            return;
+        }
+        let takes = |other: &Worker| {
+            other.pool == worker.pool
+                && other.steered.is_some()
+                && other.state == State::Active
+                && !other.unproven
+                && !other.steer_settings().draining
+        };
+        if self.workers.iter().any(takes) {
+            let worker = worker.id;
+            self.effects.push_back(Effect::MoveQueue { worker });
         }
     }
 

@@ -216,6 +216,8 @@ pub struct PoolSettings {
     /// The kernel chooses the workers of its connections: nothing is accepted from its listeners,
     /// and no worker can join by itself.
     pub steered: bool,
+    /// The accept queues of steered workers can be moved: see [`super::Effect::MoveQueue`].
+    pub queues_move: bool,
 }
 
 impl Default for PoolSettings {
@@ -241,6 +243,7 @@ impl Default for PoolSettings {
             agent_workers: None,
             supervision: Supervision::default(),
             steered: false,
+            queues_move: false,
         }
     }
 }

@@ -308,6 +308,7 @@ impl Driver {
             | Effect::CheckReady { .. }
             | Effect::CheckOver { taken: false, .. }
             | Effect::Steer { .. }
+            | Effect::MoveQueue { .. }
             | Effect::Event(_) => {}
         }
     }

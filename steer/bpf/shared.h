@@ -83,6 +83,15 @@ struct {
 	__type(value, __u32);
 } moved SEC(".maps");
 
+/* By the client's end of a connection that the loader makes: the worker that it is for. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, STEER_MAX_WORKERS);
+	__type(key, struct steer_remote);
+	__type(value, __u32);
+} directed SEC(".maps");
+
 /* ---- the choice ---- */
 
 /* 0, or the error; then the worker is marked so that the next choice leaves it out. */
@@ -198,6 +207,8 @@ __noinline int move_live(__u64 cookie, __u32 worker)
 		return 0;
 	__sync_fetch_and_add(&from->live, -1);
 	__sync_fetch_and_add(&to->live, 1);
+	__sync_fetch_and_add(&from->moved_out, 1);
+	__sync_fetch_and_add(&to->moved_in, 1);
 	return 1;
 }
 
@@ -334,7 +345,7 @@ int steer_shared(struct sk_reuseport_md *ctx)
 	struct steer_state *st;
 	struct bpf_sock *sk = ctx->sk;
 	__u32 zero = 0, group, index, is_v6, is_syn;
-	__u32 *found;
+	__u32 *found, *to;
 	int no_sink, worker;
 	__u64 now;
 
@@ -364,6 +375,12 @@ int steer_shared(struct sk_reuseport_md *ctx)
 	remote.local_port = public.port;
 	is_syn = read_segment(ctx, &remote);
 	now = bpf_ktime_get_ns();
+	to = bpf_map_lookup_elem(&directed, &remote);
+	if (to && !select_worker(ctx, group, *to)) {
+		if (is_syn)
+			count_syn(&remote, *to, now, last);
+		return SK_PASS;
+	}
 	if (!is_syn && select_again(ctx, group, conf, &remote)) {
 		__sync_fetch_and_add(&st->repeated, 1);
 		return SK_PASS;

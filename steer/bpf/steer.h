@@ -4,7 +4,7 @@
  * compare sizes and offsets with those in the compiled object.
  *
  * Each map has one writer. The loader writes `settings`, `workers`, `members` and `publics`; the
- * programs write everything else. So no counter is overwritten by a change of a weight. There are
+ * programs write everything else; with shared ports it also writes `directed`. So no counter is overwritten by a change of a weight. There are
  * two exceptions, for listeners that were open before and for corrections: the loader adds to
  * `counts` atomically, and makes entries of `owners`.
  *
@@ -17,7 +17,7 @@
 #include <linux/types.h>
 
 /* Changes when a layout or the meaning of a field changes. */
-#define STEER_VERSION 2
+#define STEER_VERSION 3
 
 #define STEER_MAX_WORKERS 1024
 /* With more workers than this, two random ones are compared instead of all. */
@@ -110,6 +110,10 @@ struct steer_counts {
 	__s32 refused;
 	/* With round-robin: the virtual time of its last turn. */
 	__u64 last_turn;
+	/* With shared ports: connections that came from the queue of another worker, ever. */
+	__u64 moved_in;
+	/* Connections that went from its queue to another worker, ever. */
+	__u64 moved_out;
 };
 
 /* Map `state`, one entry. */

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::error::Error;
-use crate::layout::Address;
+use crate::layout::{Address, WorkerSettings};
 use crate::sockets::{self, Socket};
 use crate::steering::{Steering, check_worker};
 use crate::sys;
@@ -82,6 +82,57 @@ impl Steering {
         }
         let group = Group::read(cgroup)?;
         found.into_iter().map(|socket| self.adopt_listener(worker, &socket, &group)).collect()
+    }
+
+    /// Takes over the listeners of shared ports that a process has from an earlier process of this
+    /// program. Returns the number of its worker: after [`Steering::adopt`] the one that it had, or
+    /// else `free`, whose connections of before are not counted.
+    ///
+    /// It needs the right to fetch descriptors, as [`Steering::adopt_listeners`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if the process has no such listener, or there is none at one of the public
+    /// addresses; [`Error::Listener`] if it may not be fetched; otherwise as
+    /// [`Steering::take_listeners`].
+    pub fn take_listeners_of(&mut self, process: u32, free: u32) -> Result<u32, Error> {
+        let publics = self.public_addresses()?;
+        let mut found = Vec::new();
+        self.read_sockets(sockets::LISTENING, &mut |socket| {
+            if publics.contains(&Address::from(socket.local).socket_addr()) {
+                found.push(socket);
+            }
+        })?;
+        let mut listeners = Vec::new();
+        for socket in found {
+            match descriptor_of(process, &socket) {
+                Ok(listener) => listeners.push((socket.owner, listener)),
+                Err(Absent::Elsewhere) => {}
+                Err(Absent::Forbidden(_)) => {
+                    let reason = format!(
+                        "CAP_SYS_PTRACE is missing to fetch it from process {process}: {CAPABILITY}"
+                    );
+                    return Err(Error::Listener { address: socket.local, reason });
+                }
+                Err(Absent::Failed(error)) => {
+                    let reason = error.to_string();
+                    return Err(Error::Listener { address: socket.local, reason });
+                }
+            }
+        }
+        if listeners.len() < publics.len() || listeners.is_empty() {
+            let many = (listeners.len(), publics.len());
+            let text = format!("process {process} has {} of {} listeners", many.0, many.1);
+            return Err(Error::Invalid(text));
+        }
+        let owner = listeners.iter().find_map(|(owner, _)| *owner);
+        let worker = owner.map_or(free, |owner| owner.worker);
+        if self.worker(worker)?.weight == 0 {
+            self.set_worker(worker, WorkerSettings { draining: 1, ..WorkerSettings::new(1) })?;
+        }
+        let listeners = listeners.into_iter().map(|(_, listener)| listener).collect();
+        self.take_listeners(worker, listeners)?;
+        Ok(worker)
     }
 
     fn adopt_listener(

@@ -7,7 +7,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 /// Changes when a layout or the meaning of a field changes.
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 /// Most workers of a pool.
 pub const MAX_WORKERS: u32 = 1024;
 /// With more workers than this, two random ones are compared instead of all.
@@ -97,6 +97,10 @@ pub struct WorkerCounts {
     pub refused: i32,
     /// With round-robin: the virtual time of its last turn.
     pub last_turn: u64,
+    /// With shared ports: connections that came from the queue of another worker, ever.
+    pub moved_in: u64,
+    /// Connections that went from its queue to another worker, ever.
+    pub moved_out: u64,
 }
 
 impl WorkerCounts {

@@ -21,11 +21,13 @@ use crate::{attach, sys};
 
 mod group;
 mod maps;
+mod probe;
 
 use group::{Group, Listener};
 pub use maps::Moves;
 use maps::{Chooser, MAX_GROUPS};
 pub(crate) use maps::{SharedMaps, SharedSettings, load_programs};
+pub use probe::{Probe, Probed};
 
 /// What a pool with shared ports has more than others.
 #[derive(Debug)]
@@ -79,6 +81,19 @@ impl Steering {
             shared.open_sink(number)?;
         }
         Ok(Steering::of(maps, links, settings, Some(shared)))
+    }
+
+    /// Adds a public address before there is a worker: the kernel drops SYNs to it, or resets them, as
+    /// [`Options::wait`] says.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for port 0, or if there are too many addresses (32); otherwise as
+    /// [`Steering::open_listener`].
+    pub fn add_group(&mut self, public: SocketAddr) -> Result<(), Error> {
+        check_port(public.port())?;
+        let number = self.sharing()?.number_of(public)?;
+        self.activate(number)
     }
 
     /// The listener of a worker at a public address: a duplicate for the worker's process to
@@ -230,6 +245,17 @@ impl Steering {
             }
             Ok(())
         })
+    }
+
+    /// Moves the connections that wait in the queues of a worker to other workers. Its process, which
+    /// does not accept, finds its listeners as before: they are closed for a moment only.
+    ///
+    /// # Errors
+    ///
+    /// As [`Steering::evict`].
+    pub fn move_queue(&mut self, worker: u32) -> Result<(), Error> {
+        self.evict(worker)?;
+        self.restore(worker)
     }
 
     /// Connections that wait in the queues of a worker until its process accepts them.

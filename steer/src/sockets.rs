@@ -27,6 +27,7 @@ const STORAGES: usize = 12;
 const MESSAGE: usize = 72;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const NLM_F_REQUEST: u16 = 1;
 const NLM_F_REQUEST_DUMP: u16 = 0x301;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
@@ -83,6 +84,41 @@ pub(crate) fn read(
         while answers(&netlink, &mut buffer, each)? {}
     }
     Ok(())
+}
+
+/// The connected socket with these ends. `inode` is 0 as long as no process has accepted it.
+pub(crate) fn find(local: SocketAddr, remote: SocketAddr) -> io::Result<Option<Socket>> {
+    let netlink = open()?;
+    send(&netlink, &exact(local, remote), SendFlags::empty())?;
+    let (mut buffer, mut found) = (vec![0; BUFFER], None);
+    match answers(&netlink, &mut buffer, &mut |socket| found = Some(socket)) {
+        Ok(_) => Ok(found),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Asks for one socket.
+fn exact(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
+    let family = if local.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
+    let mut request = request(family as u8, u32::MAX, None);
+    request[6..8].copy_from_slice(&NLM_F_REQUEST.to_ne_bytes());
+    request.truncate(HEADER + 8);
+    // `struct inet_diag_sockid`.
+    request.extend(local.port().to_be_bytes());
+    request.extend(remote.port().to_be_bytes());
+    for ip in [local.ip(), remote.ip()] {
+        let start = request.len();
+        match ip {
+            IpAddr::V4(ip) => request.extend(ip.octets()),
+            IpAddr::V6(ip) => request.extend(ip.octets()),
+        }
+        request.resize(start + 16, 0);
+    }
+    // Any interface, any cookie.
+    request.extend([0; 4]);
+    request.extend([0xff; 8]);
+    request
 }
 
 /// The descriptor through which the list is read.

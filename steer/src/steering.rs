@@ -487,7 +487,7 @@ fn public_forms(address: SocketAddr) -> impl Iterator<Item = SocketAddr> {
     std::iter::once(address).chain(any_v6.then_some(v4))
 }
 
-fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
+pub(crate) fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
     match result {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error))

@@ -17,3 +17,4 @@ mod shared_chaos;
 mod shared_dispatcher;
 mod shared_lab;
 mod shared_life;
+mod shared_probe;

@@ -8,4 +8,5 @@ mod place;
 mod reload;
 mod serve;
 mod servers;
+mod shared;
 mod workers;

@@ -12,7 +12,7 @@ use super::affinity::AffinityKeys;
 use super::relay::DirectoryKey;
 use super::scores::ScoreKeys;
 use super::spawn::{AJitter, ASurge};
-use super::steer::{FallbackName, MemberKeys, ModeName, PinsKey};
+use super::steer::{FallbackName, MemberKeys, ModeName, PinsKey, PortsName};
 use super::value::{
     ACount, AMask, AMode, ASize, AnAccount, Count, Either, KERNEL_SECONDS, SECOND, Wait, Whole,
     YEAR,
@@ -154,6 +154,7 @@ pub(super) struct PoolKeys {
     pub policy: Option<Spanned<PolicyKey>>,
     pub mode: Option<Spanned<ModeName>>,
     pub fallback: Option<Spanned<FallbackName>>,
+    pub ports: Option<Spanned<PortsName>>,
     #[serde(default)]
     pub member: Vec<Spanned<MemberKeys>>,
     pub max_connections_per_worker: Option<Count<1, 10_000_000>>,

@@ -44,6 +44,7 @@ impl Check<'_> {
             receive_buffer: keys.receive_buffer.as_ref().map(|n| n.get_ref().0),
             send_buffer: keys.send_buffer.as_ref().map(|n| n.get_ref().0),
             reuse_port: keys.reuse_port.as_ref().map_or(default.reuse_port, |flag| *flag.get_ref()),
+            bind_only: false,
             free_bind: keys.free_bind.as_ref().map_or(default.free_bind, |flag| *flag.get_ref()),
             mode: {
                 let mode = self.mode(&keys.mode, default.mode);

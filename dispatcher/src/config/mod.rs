@@ -262,6 +262,9 @@ pub struct ListenerOptions {
     pub send_buffer: Option<u32>,
     /// SO_REUSEPORT. Default false.
     pub reuse_port: bool,
+    /// Only bind the address: the processes of the pool inherit listeners of their own there. Not a
+    /// key; it follows from the pool.
+    pub bind_only: bool,
     /// IP_FREEBIND: bind an address that the machine does not have yet. Default false.
     pub free_bind: bool,
     /// Permission bits of a Unix listener. Default 0o666.
@@ -283,6 +286,7 @@ impl Default for ListenerOptions {
             receive_buffer: None,
             send_buffer: None,
             reuse_port: false,
+            bind_only: false,
             free_bind: false,
             mode: 0o666,
         }

@@ -3,6 +3,7 @@
 mod listeners;
 mod members;
 mod refused;
+mod shared;
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -73,6 +74,14 @@ pub struct Member {
 pub(super) enum ModeName {
     Pass,
     Steer,
+}
+
+/// The values of `ports`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum PortsName {
+    Own,
+    Shared,
 }
 
 /// The value of `fallback`.
@@ -207,10 +216,21 @@ pub(super) fn steer(
         }
         (Some(spawned), _) => {
             let known = (spawned, defaults.spawn.as_ref().map(Spanned::get_ref));
-            ports(check, known, spawn)
+            ports(check, known, (keys.ports.as_ref().or(defaults.ports.as_ref()), spawn))
         }
-        (None, _) => Ports::Own,
+        (None, _) => {
+            if let Some(key) = keys.ports.as_ref().filter(|key| *key.get_ref() != PortsName::Own) {
+                check.mistake(
+                    Mistake::new(key.span(), "a member listens at an address of its own")
+                        .help("remove `ports`: only processes of the dispatcher inherit listeners"),
+                );
+            }
+            Ports::Own
+        }
     };
+    if ports == Ports::Shared {
+        shared::refuse(check, (keys, defaults), spawn);
+    }
     if let (Some(spawned), Some(spawn)) = (own, spawn) {
         let most = MAX_STEERED_WORKERS / 2;
         if spawn.processes > most {
@@ -235,6 +255,10 @@ fn only_steered(
     if let Some(fallback) = &keys.fallback {
         let message = "only a pool with mode = \"steer\" has a `fallback`";
         check.mistake(Mistake::new(fallback.span(), message).help(HELP));
+    }
+    if let Some(ports) = &keys.ports {
+        let message = "only a pool with mode = \"steer\" has `ports`";
+        check.mistake(Mistake::new(ports.span(), message).help(HELP));
     }
     if let Some(member) = keys.member.first() {
         let message = "only a pool with mode = \"steer\" has members";
@@ -274,10 +298,11 @@ fn texts<'a>(
     command(own, defaults).chain(variables).chain(directory)
 }
 
+/// Where the processes listen: as `ports` says, or as their placeholders do.
 fn ports(
     check: &mut Check<'_>,
     (own, defaults): (&Spanned<SpawnKeys>, Option<&SpawnKeys>),
-    spawn: Option<&Spawn>,
+    (key, spawn): (Option<&Spanned<PortsName>>, Option<&Spawn>),
 ) -> Ports {
     let keys = own.get_ref();
     let with =
@@ -289,22 +314,30 @@ fn ports(
                 .help("fork = false: each process of a steered pool is started by itself"),
         );
     }
-    match (with("port"), with("fd")) {
-        (Some(_), None) => Ports::Own,
-        (Some(_), Some(fd)) => {
+    let wanted = key.map(|key| *key.get_ref());
+    match (wanted, with("port"), with("fd")) {
+        (Some(PortsName::Shared), ..) | (None, None, Some(_)) => Ports::Shared,
+        (_, Some(_), None) => Ports::Own,
+        (_, Some(_), Some(fd)) => {
             let message = "a process listens at `{port}` or inherits `{fd}`, not both";
             check.mistake(Mistake::new(fd.span(), message).help("remove one of the two"));
             Ports::Own
         }
+        (_, None, Some(fd)) => {
+            let message = "`{fd}` has a value only with ports = \"shared\"";
+            check.mistake(Mistake::new(fd.span(), message).help("remove `ports`"));
+            Ports::Own
+        }
         // A mistake in the command is reported by itself.
-        (None, _) if spawn.is_none() => Ports::Own,
-        (None, _) => {
+        (_, None, None) if spawn.is_none() => Ports::Own,
+        (_, None, None) => {
             let span = keys.command.as_ref().map_or(own.span(), Spanned::span);
             check.mistake(Mistake::new(span, "the processes would not know where to listen").help(
-                "use {addr} and {port}, such as [\"uvicorn\", \"app:app\", \"--host\", \
-                 \"{addr}\", \"--port\", \"{port}\"]",
+                "use {addr} and {port}, such as [\"uvicorn\", \"app:app\", \"--host\", \"{addr}\", \
+                 \"--port\", \"{port}\"]; or {fd} for a server that inherits its listener; or \
+                 ports = \"shared\" for one that reads LISTEN_FDS",
             ));
-            Ports::Shared
+            Ports::Own
         }
     }
 }

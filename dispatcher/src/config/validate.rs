@@ -531,10 +531,12 @@ impl Check<'_> {
                 .map(|n| n.get_ref().0),
             supervision: supervision.unwrap_or_default(),
             steered: false,
+            queues_move: false,
             name: name.to_owned(),
         };
         let steer = steer::steer(self, (name, &keys, defaults), &settings, spawn.as_ref());
-        let settings = PoolSettings { steered: steer.is_some(), ..settings };
+        let queues_move = steer.as_ref().is_some_and(|steer| steer.ports == super::Ports::Shared);
+        let settings = PoolSettings { steered: steer.is_some(), queues_move, ..settings };
         let line = line::line_socket(self, &keys, defaults, &settings);
         Pool { settings, unavailable_response, spawn, agent_listen, line, steer }
     }

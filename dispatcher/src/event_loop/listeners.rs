@@ -11,7 +11,7 @@ use dispatch_protocol::ClientAddr;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry};
 use rustix::io::Errno;
-use rustix::net::SocketFlags;
+use rustix::net::{SocketFlags, sockopt};
 
 use super::leaving::Leaving;
 use super::token::Source;
@@ -274,6 +274,10 @@ impl ListenerIo {
                 Attempt::Client(fd, inet.map_or(ClientAddr::Unix, ClientAddr::from))
             }
             Err(Errno::AGAIN) => Attempt::Empty,
+            // Bound only.
+            Err(Errno::INVAL) if !sockopt::socket_acceptconn(&listening.fd).unwrap_or(true) => {
+                Attempt::Empty
+            }
             Err(
                 errno @ (Errno::MFILE
                 | Errno::NFILE

@@ -164,7 +164,7 @@ impl EventLoop {
             }
             Effect::Spawn { process } => {
                 if !self.prepare_process(process) {
-                    self.spawn_at(process, None);
+                    self.spawn_at(process, None, Vec::new());
                 }
             }
             Effect::StopProcess { process, timeout } => {
@@ -180,6 +180,7 @@ impl EventLoop {
             }
             Effect::CheckOver { worker, ticket, taken } => self.check_over(worker, ticket, taken),
             Effect::Steer { worker, settings } => self.steer(worker, settings),
+            Effect::MoveQueue { worker } => self.move_queue(worker),
             Effect::Event(event) => self.write_event_in_order(event),
         }
     }

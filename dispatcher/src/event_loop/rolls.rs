@@ -478,6 +478,10 @@ impl EventLoop {
             return self.core.checked(self.now, process, true);
         }
         let settings = self.core.pool_settings(process.pool);
+        // A process that shares its port has joined because it has accepted a connection.
+        if settings.is_some_and(|settings| settings.queues_move) {
+            return self.core.checked(self.now, process, true);
+        }
         let timeout = settings.map(|settings| settings.supervision.ready_timeout);
         let timeout = timeout.unwrap_or_default();
         let address = self.steered_address(process);

@@ -2,6 +2,7 @@
 //! ends.
 
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 
 use dispatch_protocol::wire::Token;
 use rustix::rand::GetRandomFlags;
@@ -120,8 +121,13 @@ impl EventLoop {
     }
 
     /// Asks the side thread to start a process, with a token that identifies it when it joins. In a
-    /// steered pool it is to listen at `address`.
-    pub(super) fn spawn_at(&mut self, process: ProcessId, address: Option<SocketAddr>) {
+    /// steered pool it is to listen at `address`, or inherits `listeners`.
+    pub(super) fn spawn_at(
+        &mut self,
+        process: ProcessId,
+        address: Option<SocketAddr>,
+        listeners: Vec<(String, OwnedFd)>,
+    ) {
         let spawn = self.spawn_of(process).cloned();
         let (Some(spawn), Some(settings)) = (spawn, self.core.pool_settings(process.pool)) else {
             return;
@@ -156,7 +162,7 @@ impl EventLoop {
             max_memory: spawn.max_memory,
             fork: spawn.fork.then_some(settings.supervision.start_timeout),
             address,
-            listeners: Listeners::default(),
+            listeners: Listeners::new(listeners),
         };
         if self.side.spawner.spawn(request).is_err() {
             self.core.spawned(self.now, process, false);

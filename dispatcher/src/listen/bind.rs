@@ -267,7 +267,9 @@ fn listen_tcp(addr: SocketAddr, options: &ListenerOptions) -> io::Result<Listeni
     }
     set_tcp_options(fd.as_fd(), options)?;
     rustix::net::bind(&fd, &addr)?;
-    rustix::net::listen(&fd, i32::try_from(options.backlog).unwrap_or(i32::MAX))?;
+    if !options.bind_only {
+        rustix::net::listen(&fd, i32::try_from(options.backlog).unwrap_or(i32::MAX))?;
+    }
     let address = local_address(&fd);
     Ok(Listening { fd, address, inherited: false, name: None, path: None })
 }
@@ -318,6 +320,7 @@ pub(crate) fn changeable(
         // These options determine how the address is bound.
         ("ipv6_only", &mut options.ipv6_only, old.ipv6_only),
         ("reuse_port", &mut options.reuse_port, old.reuse_port),
+        ("pool", &mut options.bind_only, old.bind_only),
         ("free_bind", &mut options.free_bind, old.free_bind),
     ] {
         if std::mem::replace(place, was) != was {
@@ -363,7 +366,9 @@ pub(crate) fn change_options(
         }
         set_tcp_options(fd, options)?;
     }
-    rustix::net::listen(fd, i32::try_from(options.backlog).unwrap_or(i32::MAX))?;
+    if !options.bind_only {
+        rustix::net::listen(fd, i32::try_from(options.backlog).unwrap_or(i32::MAX))?;
+    }
     Ok(())
 }
 

@@ -27,7 +27,7 @@ use self::plan::{line_modes, make_again, new_mode, plan_lines, plan_listeners, p
 use crate::api::command::{CommandError, Problem};
 use crate::api::reload::Reloaded;
 use crate::config::{
-    Address, AdviceSettings, Config, ConfigError, Limits, Listener, ListenerOptions, Pool,
+    Address, AdviceSettings, Config, ConfigError, Limits, Listener, ListenerOptions, Pool, Ports,
 };
 use crate::listen::bind::{self, Listening, SocketAttributes};
 use crate::listen::error::RunError;

@@ -91,7 +91,7 @@ pub(super) fn plan_pools(
 fn other_way(old: &Pool, new: &Pool) -> Option<&'static str> {
     match (&old.steer, &new.steer) {
         (None, None) => None,
-        (Some(old), Some(new)) => (old.ports != new.ports).then_some("spawn.command"),
+        (Some(old), Some(new)) => (old.ports != new.ports).then_some("ports"),
         (Some(_), None) | (None, Some(_)) => Some("mode"),
     }
 }
@@ -156,6 +156,7 @@ pub(super) fn plan_listeners(
     new: &Config,
     reloaded: &mut Reloaded,
 ) -> Result<(Steps, Vec<ListenerId>), CommandError> {
+    shared_ports_stay(now, new)?;
     let mut rest: Vec<(ListenerId, &Listener)> = now
         .listeners
         .iter()
@@ -178,6 +179,9 @@ pub(super) fn plan_listeners(
             Some(rest.remove(at))
         });
         steps.push(match found {
+            Some((_, old)) if old.options.bind_only != wanted.options.bind_only => {
+                return Err(shared_port(&wanted.name));
+            }
             Some((id, old)) => plan_known(now, new, (id, old), wanted, reloaded),
             None => {
                 reloaded.added.push(format!("listener {}", wanted.name));
@@ -205,6 +209,48 @@ pub(super) fn plan_listeners(
     Ok((steps, rest.iter().map(|(id, _)| *id).collect()))
 }
 
+/// The processes of a pool that share its ports have inherited them: they cannot get others.
+fn shared_ports_stay(now: &RunningConfig, new: &Config) -> Result<(), CommandError> {
+    let old = now.pools.iter().filter_map(|id| now.config.pools.get(usize::from(id.0)));
+    for old in old {
+        let Some(wanted) = new.pools.iter().position(|pool| shares_ports(old, pool)) else {
+            continue;
+        };
+        let of_old = |listener: &&Listener| {
+            let pool = now.config.pools.get(usize::from(listener.pool));
+            pool.is_some_and(|pool| pool.settings.name == old.settings.name)
+        };
+        let running = now.listeners.iter();
+        let running = running.filter_map(|id| now.config.listeners.get(usize::from(id.0)));
+        let running: Vec<&Listener> = running.filter(of_old).collect();
+        let of_new = |listener: &&Listener| usize::from(listener.pool) == wanted;
+        let wanted: Vec<&Listener> = new.listeners.iter().filter(of_new).collect();
+        let is_in = |all: &[&Listener], one: &Listener| {
+            all.iter().any(|other| other.address == one.address)
+        };
+        let added = wanted.iter().find(|listener| !is_in(&running, listener));
+        let removed = running.iter().find(|listener| !is_in(&wanted, listener));
+        if let Some(listener) = added.or(removed) {
+            return Err(shared_port(&listener.name));
+        }
+    }
+    Ok(())
+}
+
+/// Whether both are the same pool, whose processes inherit its listeners.
+fn shares_ports(old: &Pool, new: &Pool) -> bool {
+    let shared = |pool: &Pool| pool.steer.as_ref().is_some_and(|it| it.ports == Ports::Shared);
+    old.settings.name == new.settings.name && shared(old) && shared(new)
+}
+
+fn shared_port(listener: &str) -> CommandError {
+    refused(format!(
+        "listener `{listener}`: processes inherit the listeners of their pool, so a reload cannot \
+         add, remove or move them: nothing was changed"
+    ))
+    .hint("restart the dispatcher")
+}
+
 /// Plans a listener that does not exist yet. Its socket may exist: a removed listener may still
 /// have it.
 pub(super) fn plan_new(
@@ -223,6 +269,9 @@ pub(super) fn plan_new(
     match (&wanted.address, there) {
         (Address::Tcp(_), Some(there)) if !has_any_port(&wanted.address) => {
             let Reusable { listening, options, .. } = &*there;
+            if options.bind_only != wanted.options.bind_only {
+                return Err(shared_port(&wanted.name));
+            }
             let fd = listening.fd.try_clone();
             let fd = fd.map_err(|error| refused(format!("listener `{}`: {error}", wanted.name)))?;
             let (options, fixed) = bind::changeable(options, &wanted.options);

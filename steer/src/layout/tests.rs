@@ -73,7 +73,10 @@ fn types_are_those_of_the_compiled_programs() {
         all,
         "steer_counts",
         WorkerCounts,
-        [live, total, pending, listeners, listens, lost_at, no_v4_at, refused, last_turn]
+        [
+            live, total, pending, listeners, listens, lost_at, no_v4_at, refused, last_turn,
+            moved_in, moved_out
+        ]
     );
     same!(
         all,

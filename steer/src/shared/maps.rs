@@ -10,7 +10,7 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use aya::programs::{CgroupSockopt, ProgramError, SkReuseport, SkReuseportAttachType};
 
 use super::*;
-use crate::steering::{absent, take_map};
+use crate::steering::{absent, absent_is_fine, take_map};
 
 /// Most public addresses of a pool.
 pub(super) const MAX_GROUPS: u32 = 32;
@@ -19,6 +19,10 @@ const HANDOVER: Duration = Duration::from_secs(2);
 const CHOOSER: &str = "chooser";
 const GUARD: &str = "guard";
 const PROGRAM: &str = "steer_shared";
+
+/// The other end of a connection, a key of `directed`: its address as IPv6 or IPv4-mapped IPv6, and
+/// both ports.
+pub(super) type Remote = [u8; 20];
 
 /// The one entry of `shared`.
 #[repr(C)]
@@ -47,6 +51,7 @@ pub(crate) struct SharedMaps {
     shared: Map,
     moves: Map,
     moved: Map,
+    directed: Map,
 }
 
 /// The program that chooses.
@@ -81,11 +86,13 @@ impl SharedMaps {
             return Err(absent("`group_listeners` is no array of sockets".to_owned()));
         };
         let (shared, moves) = (source("shared")?, source("moves")?);
-        let maps = SharedMaps { group_listeners, shared, moves, moved: source("moved")? };
+        let (moved, directed) = (source("moved")?, source("directed")?);
+        let maps = SharedMaps { group_listeners, shared, moves, moved, directed };
         let check = || {
             Array::<_, SharedSettings>::try_from(&maps.shared)?;
             Array::<_, Moves>::try_from(&maps.moves)?;
-            HashMap::<_, u64, u32>::try_from(&maps.moved).map(drop)
+            HashMap::<_, u64, u32>::try_from(&maps.moved)?;
+            HashMap::<_, Remote, u32>::try_from(&maps.directed).map(drop)
         };
         check().map_err(|error: MapError| Error::refused("use a map of a shared port", error))?;
         Ok(maps)
@@ -126,6 +133,20 @@ impl SharedMaps {
         map.and_then(|map| map.get(&cookie, 0)).ok()
     }
 
+    /// Has the program give the connection from this end to a worker, whatever the policy.
+    pub fn direct(&mut self, remote: &Remote, worker: u32) -> Result<(), Error> {
+        HashMap::try_from(&mut self.directed)
+            .and_then(|mut map: HashMap<&mut MapData, Remote, u32>| map.insert(remote, worker, ANY))
+            .map_err(|error| Error::refused("direct a connection to a worker", error))
+    }
+
+    /// Forgets it; it is no error if there is none.
+    pub fn direct_no_more(&mut self, remote: &Remote) -> Result<(), Error> {
+        let map = HashMap::<&mut MapData, Remote, u32>::try_from(&mut self.directed);
+        absent_is_fine(map.and_then(|mut map| map.remove(remote)))
+            .map_err(|error| Error::refused("forget a connection of this process", error))
+    }
+
     pub fn moves(&self) -> Result<Moves, Error> {
         Array::try_from(&self.moves)
             .and_then(|map: Array<&MapData, Moves>| map.get(&0, 0))
@@ -156,7 +177,8 @@ impl Chooser {
 /// Pins.
 impl Shared {
     /// Files of a directory with pins, beside those of all pools.
-    pub const PINS: [&str; 6] = [CHOOSER, GUARD, "group_listeners", "shared", "moves", "moved"];
+    pub const PINS: [&str; 7] =
+        [CHOOSER, GUARD, "group_listeners", "shared", "moves", "moved", "directed"];
 
     /// Whether a directory has the pins of a pool with shared ports.
     pub fn is_pinned(directory: &Path) -> bool {
@@ -168,9 +190,12 @@ impl Shared {
         let refused = |error| Error::refused("pin a map", error);
         let maps = &self.maps;
         maps.group_listeners.pin(directory.join("group_listeners")).map_err(refused)?;
-        for (name, map) in
-            [("shared", &maps.shared), ("moves", &maps.moves), ("moved", &maps.moved)]
-        {
+        for (name, map) in [
+            ("shared", &maps.shared),
+            ("moves", &maps.moves),
+            ("moved", &maps.moved),
+            ("directed", &maps.directed),
+        ] {
             map.pin(directory.join(name)).map_err(refused)?;
         }
         set_pinned(&mut self.maps.shared, true)?;

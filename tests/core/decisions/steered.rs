@@ -57,7 +57,7 @@ fn lab_with(change: impl FnOnce(&mut PoolSettings)) -> Lab {
 }
 
 fn counts(live: u64, total: u64, queued: u64) -> SteerCounts {
-    SteerCounts { live, pending: 0, total, queued }
+    SteerCounts { live, total, queued, ..SteerCounts::default() }
 }
 
 impl Lab {
@@ -143,7 +143,7 @@ fn the_load_is_what_the_kernel_counts() {
     let worker = lab.try_join(|join| join.counts = counts(3, 90, 0)).unwrap();
     assert_eq!(lab.core.load(worker), Some(3));
     assert_eq!(lab.core.totals().accepted, 0, "they were connected before");
-    lab.counts(worker, SteerCounts { live: 2, pending: 2, total: 91, queued: 0 });
+    lab.counts(worker, SteerCounts { pending: 2, ..counts(2, 91, 0) });
     assert_eq!(lab.core.load(worker), Some(4));
     lab.counts(worker, counts(0, 95, 0));
     assert_eq!(lab.core.load(worker), Some(0));
@@ -176,7 +176,14 @@ fn a_worker_without_connections_that_a_kernel_counts_from_zero_is_no_fault() {
 #[test]
 fn impossible_counts_are_clamped() {
     let mut lab = lab();
-    let most = SteerCounts { live: u64::MAX, pending: u64::MAX, total: u64::MAX, queued: u64::MAX };
+    let most = SteerCounts {
+        live: u64::MAX,
+        pending: u64::MAX,
+        total: u64::MAX,
+        queued: u64::MAX,
+        moved_in: u64::MAX,
+        moved_out: u64::MAX,
+    };
     let worker = lab.try_join(|join| join.counts = most).unwrap();
     lab.counts(worker, most);
     assert_eq!(lab.core.load(worker), Some(10_000_000));

@@ -12,8 +12,8 @@ use super::super::validate::{Check, Checked};
 /// The placeholders.
 const NAMES: [&str; 6] = ["n", "name", "pool", "addr", "port", "fd"];
 
-const KNOWN: &str = "the placeholders are {n}, {name} and {pool}, and in a steered pool {addr} and \
-                     {port}";
+const KNOWN: &str = "the placeholders are {n}, {name} and {pool}, and in a steered pool {addr}, \
+                     {port} and {fd}";
 
 /// The values of the placeholders for one process.
 #[derive(Clone, Copy, Debug)]

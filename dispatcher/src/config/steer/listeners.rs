@@ -10,7 +10,7 @@ use super::super::spawn::has_placeholder;
 use super::super::validate::{Check, Checked};
 use super::super::{Address, Config, Listener};
 use super::refused::refuse_listener_keys;
-use super::{MAX_STEERED_POOLS, Member, command, texts};
+use super::{MAX_STEERED_POOLS, Member, Ports, command, shared, texts};
 
 /// What listeners and pools have to do with each other. Sets the addresses of processes.
 pub(in crate::config) fn check_steered(
@@ -29,23 +29,38 @@ pub(in crate::config) fn check_steered(
     }
     for (pool, (name, keys)) in config.pools.iter_mut().zip(tables) {
         let Some(steer) = &mut pool.steer else { continue };
-        let mut families = Families::default();
+        let shared = steer.ports == Ports::Shared;
+        let (mut families, mut addresses) = (Families::default(), 0);
         for listener in listeners.iter().map(Spanned::get_ref) {
             if listener.pool.get_ref() != name.get_ref() {
                 continue;
             }
             refuse_listener_keys(check, listener);
-            let known = config.listeners.iter().find(|it| it.name == *listener.name.get_ref());
-            let Some(known) = known else { continue };
+            let mut all = config.listeners.iter_mut();
+            let Some(known) = all.find(|it| it.name == *listener.name.get_ref()) else { continue };
+            if shared {
+                shared::listener(check, listener, &mut known.options);
+            }
             let address = public_address(&listener.address, &known.address);
             if let Some(address) = check.keep(address) {
                 families.add(address, known.options.ipv6_only);
+                addresses += 1;
             }
         }
         check_members(check, (&steer.members, keys), &config.listeners, &families);
+        if shared && addresses > shared::MAX_ADDRESSES {
+            let message = format!("more than {} listeners", shared::MAX_ADDRESSES);
+            check.mistake(
+                Mistake::new(name.span(), message)
+                    .help("each process would inherit them all: use {addr} and {port} instead"),
+            );
+        }
         steer.address = families.address();
         if let Some(spawn) = &mut pool.spawn {
             spawn.address = Some(steer.address);
+        }
+        if shared {
+            continue;
         }
         check_command(check, keys, defaults, &families);
     }

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -10,11 +11,11 @@ use std::time::{Duration, Instant};
 use super::super::fault_kind::FaultKind;
 use super::super::{EventLoop, RunError, clock};
 use super::{
-    Holder, Opened, PoolSpec, Public, Slot, SlotIo, SteerCommand, SteerEvent, SteeredPool,
+    Adopt, Holder, Opened, PoolSpec, Public, Slot, SlotIo, SteerCommand, SteerEvent, SteeredPool,
     pin_name, start_thread,
 };
 use crate::background::logger::{quoted, value};
-use crate::config::{OnDispatcherLoss, Steer};
+use crate::config::{OnDispatcherLoss, Ports, Steer};
 use dispatcher_core::{Departure, PoolId, ProcessId, SteerCounts};
 
 /// Most events of the thread handled in one turn; the rest waits for the next turn.
@@ -110,7 +111,8 @@ impl EventLoop {
                 let holder = Holder::Process(process);
                 self.steers.expected.insert(holder, pid);
                 let address = Some(address);
-                self.steers.send(SteerCommand::Prepare { pool: id, holder, address, adopt: true });
+                let adopt = Some(Adopt { pid });
+                self.steers.send(SteerCommand::Prepare { pool: id, holder, address, adopt });
             }
             self.prepare_members(id);
             self.steers.send(SteerCommand::Sweep(id));
@@ -160,7 +162,8 @@ impl EventLoop {
         let publics = listeners.flat_map(|listener| self.listeners.of(listener)).filter_map(|it| {
             let address = it.listening.as_ref()?.address.parse().ok()?;
             let ipv6_only = self.listeners.resources(it.id)?.options.ipv6_only;
-            Some(Public { address, ipv6_only })
+            let name = self.core.listener_name(it.id).to_owned();
+            Some(Public { name, address, ipv6_only })
         });
         let serves = resources.spawn.as_ref().is_some_and(|spawn| {
             spawn.on_dispatcher_loss == OnDispatcherLoss::Serve || !steer.members.is_empty()
@@ -172,6 +175,7 @@ impl EventLoop {
             cgroup: common_cgroup(steer.members.iter().map(|member| member.cgroup.as_path())),
             ip: steer.address,
             publics: publics.collect(),
+            shared: steer.ports == Ports::Shared,
             wait: settings.wait_for_worker,
             policy: settings.policy,
             pins: self.config.steer_pins.as_ref().filter(|_| outlives).map(|pins| {
@@ -245,7 +249,7 @@ impl EventLoop {
                         pool: id,
                         holder,
                         address,
-                        adopt: true,
+                        adopt: Some(Adopt { pid: 0 }),
                     });
                 }
             }
@@ -320,7 +324,10 @@ impl EventLoop {
 
     fn steer_event(&mut self, event: SteerEvent) {
         match event {
-            SteerEvent::Prepared { holder, slot, address } => self.prepared(holder, slot, address),
+            SteerEvent::Prepared { holder, slot, address, listeners } => {
+                self.prepared(holder, slot, address, listeners);
+            }
+            SteerEvent::QueueMoved(slot) => self.steer_again(slot),
             SteerEvent::NotPrepared { holder, error } => self.not_prepared(holder, &error),
             SteerEvent::Listens(slot, counts) => {
                 self.reset_early(slot.pool);
@@ -363,7 +370,13 @@ impl EventLoop {
         }
     }
 
-    fn prepared(&mut self, holder: Holder, slot: Slot, address: SocketAddr) {
+    fn prepared(
+        &mut self,
+        holder: Holder,
+        slot: Slot,
+        address: SocketAddr,
+        listeners: Vec<(String, OwnedFd)>,
+    ) {
         let pid = self.steers.expected.remove(&holder);
         let wanted = match holder {
             // It may have ended, or its pool may have been removed meanwhile.
@@ -373,12 +386,20 @@ impl EventLoop {
         if !wanted {
             return self.steers.send(SteerCommand::Free(slot));
         }
-        let io = SlotIo { holder, address, pid, worker: None, listens: None, problem: None };
+        let io = SlotIo {
+            holder,
+            address,
+            pid,
+            worker: None,
+            listens: None,
+            settings: None,
+            problem: None,
+        };
         self.steers.slots.insert(slot, io);
         if let Holder::Process(process) = holder
             && pid.is_none()
         {
-            self.spawn_at(process, Some(address));
+            self.spawn_at(process, Some(address), listeners);
         }
     }
 

@@ -9,6 +9,10 @@
 //! A worker is known by its slot: its number in the maps of its pool. A slot belongs to a process
 //! of the dispatcher, or to a member of the configuration; the core has a worker for it as long as
 //! it listens or has connections.
+//!
+//! Processes that share the public ports ([`shared`]) inherit their listeners, which the thread
+//! opens. Such a process listens, as far as the hot thread knows, when it has accepted a connection
+//! that the thread made to it.
 
 #![cfg_attr(not(feature = "steer"), allow(dead_code, reason = "the configuration refuses it"))]
 
@@ -18,6 +22,8 @@ mod hot;
 mod open;
 #[cfg(feature = "steer")]
 mod ports;
+#[cfg(feature = "steer")]
+mod shared;
 mod slots;
 mod status;
 #[cfg(feature = "steer")]
@@ -25,6 +31,7 @@ mod thread;
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
@@ -44,6 +51,8 @@ pub(super) struct PoolSpec {
     pub(super) ip: IpAddr,
     /// Where clients connect.
     pub(super) publics: Vec<Public>,
+    /// Processes inherit listeners at these addresses.
+    pub(super) shared: bool,
     /// How long clients wait while there is no usable worker.
     pub(super) wait: Duration,
     pub(super) policy: Policy,
@@ -52,8 +61,10 @@ pub(super) struct PoolSpec {
 }
 
 /// An address to which clients connect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Public {
+    /// The name of the listener.
+    pub(super) name: String,
     pub(super) address: SocketAddr,
     /// `[::]` does not stand for all IPv4 addresses, too.
     pub(super) ipv6_only: bool,
@@ -65,6 +76,13 @@ pub(super) struct Slot {
     pub(super) pool: PoolId,
     /// The worker's number in the maps.
     pub(super) number: u32,
+}
+
+/// A worker that an earlier dispatcher may have had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Adopt {
+    /// Its process; 0 for a member.
+    pub(super) pid: i32,
 }
 
 /// What a slot belongs to.
@@ -84,10 +102,13 @@ pub(super) enum SteerCommand {
     /// The settings of a pool have changed; its workers stay.
     Change(Box<PoolSpec>),
     /// Find a slot for a worker: [`SteerEvent::Prepared`] or [`SteerEvent::NotPrepared`]. Without an
-    /// address it gets a free one. `adopt`: it may listen already.
-    Prepare { pool: PoolId, holder: Holder, address: Option<SocketAddr>, adopt: bool },
+    /// address it gets a free one, or listeners. `adopt`: it may listen already.
+    Prepare { pool: PoolId, holder: Holder, address: Option<SocketAddr>, adopt: Option<Adopt> },
     /// Every worker of an earlier dispatcher was asked for: other slots are freed.
     Sweep(PoolId),
+    /// Move what waits in the queue of a worker with an inherited listener to other workers:
+    /// [`SteerEvent::QueueMoved`].
+    MoveQueue(Slot),
     /// The worker will not come back.
     Free(Slot),
     /// The pool is removed: detach its programs.
@@ -115,8 +136,8 @@ pub(super) struct Opened {
 pub(super) enum SteerEvent {
     /// The kernel chooses the workers of this pool, or why it cannot.
     Opened(PoolId, Result<Opened, String>),
-    /// The worker is to listen at this address.
-    Prepared { holder: Holder, slot: Slot, address: SocketAddr },
+    /// The worker is to listen at this address, or inherits these listeners.
+    Prepared { holder: Holder, slot: Slot, address: SocketAddr, listeners: Vec<(String, OwnedFd)> },
     /// There is no slot for it.
     NotPrepared { holder: Holder, error: String },
     /// A worker listens.
@@ -127,6 +148,8 @@ pub(super) enum SteerEvent {
     Counts(Slot, SteerCounts),
     /// Why it gets no connections although it listens; `None` if it does again.
     Problem(Slot, Option<String>),
+    /// The thread has written the settings of a worker while it moved its queue.
+    QueueMoved(Slot),
     /// What the kernel counts for a pool.
     Totals(PoolId, SteerTotals),
     /// Counts of a pool differed from the kernel's list of sockets, and were corrected.
@@ -184,6 +207,8 @@ struct SlotIo {
     worker: Option<WorkerId>,
     /// The last counts, if it listens.
     listens: Option<SteerCounts>,
+    /// How the kernel is to treat it.
+    settings: Option<SteerSettings>,
     problem: Option<String>,
 }
 

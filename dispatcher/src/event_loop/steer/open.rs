@@ -42,7 +42,11 @@ pub(super) fn open(spec: PoolSpec) -> Result<(PoolMaps, Opened), String> {
         }
         None => {
             let options = Options { cgroup: cgroup.clone(), wait: spec.wait };
-            let steering = Steering::load(&options).map_err(|error| error.to_string())?;
+            let steering = match spec.shared {
+                true => Steering::load_shared(&options),
+                false => Steering::load(&options),
+            };
+            let steering = steering.map_err(|error| error.to_string())?;
             match &pins {
                 None => steering,
                 Some(pins) => pin(steering, &options, pins, &mut opened)?,

@@ -6,18 +6,16 @@ use std::net::SocketAddr;
 use super::super::EventLoop;
 use super::{Holder, Slot, SlotIo, SteerCommand};
 use crate::background::logger::{quoted, value};
-use crate::config::Ports;
 use dispatcher_core::{Departure, ProcessId, SteerCounts, SteerJoin, SteerSettings, WorkerId};
 
 impl EventLoop {
     // --- processes -------------------------------------------------------------------------
 
-    /// A process of a steered pool is to be started: it gets an address first. False if the pool is
-    /// not steered, or its processes inherit their listeners.
+    /// A process of a steered pool is to be started: it gets an address or listeners first. False if
+    /// the pool is not steered.
     pub(in crate::event_loop) fn prepare_process(&mut self, process: ProcessId) -> bool {
         let resources = self.pools.get(usize::from(process.pool.0));
-        let own = resources.and_then(|pool| pool.steer.as_ref());
-        if own.is_none_or(|steer| steer.ports != Ports::Own) {
+        if resources.is_none_or(|pool| pool.steer.is_none()) {
             return false;
         }
         if !self.is_steered(process.pool) {
@@ -25,7 +23,7 @@ impl EventLoop {
             return true;
         }
         let (pool, holder) = (process.pool, Holder::Process(process));
-        self.steers.send(SteerCommand::Prepare { pool, holder, address: None, adopt: false });
+        self.steers.send(SteerCommand::Prepare { pool, holder, address: None, adopt: None });
         true
     }
 
@@ -81,8 +79,26 @@ impl EventLoop {
         let Some(&slot) = self.steers.workers.get(&worker) else { return };
         let pool = self.steers.pools.get_mut(&slot.pool);
         let Some(opened) = pool.and_then(|pool| pool.opened.as_mut()) else { return };
+        if let Some(io) = self.steers.slots.get_mut(&slot) {
+            io.settings = Some(settings);
+        }
         if let Err(error) = opened.set(slot.number, settings) {
             self.pool_failed(slot.pool, error);
+        }
+    }
+
+    /// The core has decided that the queue of a worker is to be moved.
+    pub(in crate::event_loop) fn move_queue(&mut self, worker: WorkerId) {
+        if let Some(&slot) = self.steers.workers.get(&worker) {
+            self.steers.send(SteerCommand::MoveQueue(slot));
+        }
+    }
+
+    /// The thread has written settings of a worker, maybe older ones.
+    pub(super) fn steer_again(&mut self, slot: Slot) {
+        let Some(io) = self.steers.slots.get(&slot) else { return };
+        if let (Some(worker), Some(settings)) = (io.worker, io.settings) {
+            self.steer(worker, settings);
         }
     }
 

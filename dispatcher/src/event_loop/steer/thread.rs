@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::time::{Duration, Instant};
@@ -19,7 +20,8 @@ use dispatcher_core::{PoolId, SteerCounts};
 use super::super::peer_thread::Outbox;
 use super::open::open;
 use super::ports::Ports;
-use super::{PoolSpec, Public, Slot, SteerCommand, SteerEvent, SteerTotals};
+use super::shared::Shared;
+use super::{Adopt, PoolSpec, Public, Slot, SteerCommand, SteerEvent, SteerTotals};
 use crate::background::logger::quoted;
 use crate::background::restart;
 use crate::wake::Wake;
@@ -52,7 +54,7 @@ pub(super) struct PoolMaps {
     pub(super) steering: Steering,
     /// The cgroup of its workers.
     cgroup: PathBuf,
-    slots: BTreeMap<u32, Known>,
+    pub(super) slots: BTreeMap<u32, Known>,
     totals: SteerTotals,
     /// The last failures that were reported: of reading and writing, and of comparisons.
     failure: Option<String>,
@@ -60,16 +62,18 @@ pub(super) struct PoolMaps {
 }
 
 /// A slot in use.
-struct Known {
-    address: SocketAddr,
+pub(super) struct Known {
+    pub(super) address: SocketAddr,
     /// What the core was last told.
-    counts: SteerCounts,
+    pub(super) counts: SteerCounts,
     listens: bool,
     problem: Option<String>,
     /// Why the listener that it had before is not registered.
     not_adopted: Option<String>,
     /// Nothing holds it: it is removed when it is free.
-    freed: bool,
+    pub(super) freed: bool,
+    /// Its process shares its port.
+    pub(super) shared: Option<Shared>,
 }
 
 impl SteerThread {
@@ -149,8 +153,9 @@ impl SteerThread {
             }
             SteerCommand::Prepare { pool, holder, address, adopt } => {
                 let event = match self.prepare(pool, address, adopt) {
-                    Ok((number, address)) => {
-                        SteerEvent::Prepared { holder, slot: Slot { pool, number }, address }
+                    Ok((number, address, listeners)) => {
+                        let slot = Slot { pool, number };
+                        SteerEvent::Prepared { holder, slot, address, listeners }
                     }
                     Err(error) => SteerEvent::NotPrepared { holder, error },
                 };
@@ -159,6 +164,11 @@ impl SteerThread {
             SteerCommand::Sweep(id) => {
                 let swept = self.pools.get_mut(&id).map(PoolMaps::sweep);
                 self.note(id, swept.unwrap_or(Ok(())));
+            }
+            SteerCommand::MoveQueue(slot) => {
+                let moved = self.pools.get_mut(&slot.pool).map(|pool| pool.move_queue(slot.number));
+                self.outbox.report(SteerEvent::QueueMoved(slot));
+                self.note(slot.pool, moved.unwrap_or(Ok(())));
             }
             SteerCommand::Free(slot) => {
                 let freed = self.pools.get_mut(&slot.pool).map(|pool| pool.free(slot.number));
@@ -179,8 +189,15 @@ impl SteerThread {
         &mut self,
         id: PoolId,
         address: Option<SocketAddr>,
-        adopt: bool,
-    ) -> Result<(u32, SocketAddr), String> {
+        adopt: Option<Adopt>,
+    ) -> Result<(u32, SocketAddr, Vec<(String, OwnedFd)>), String> {
+        if let Some(pool) = self.pools.get_mut(&id).filter(|pool| pool.spec.shared) {
+            let prepared = match adopt {
+                Some(Adopt { pid }) => pool.take_listeners(pid),
+                None => pool.open_listeners(),
+            };
+            return prepared.map_err(|error| error.to_string());
+        }
         let address = match address {
             Some(address) => address,
             None => {
@@ -193,8 +210,8 @@ impl SteerThread {
             }
         };
         let pool = self.pools.get_mut(&id).ok_or("its pool has no programs in the kernel")?;
-        let number = pool.register(address, adopt).map_err(|error| error.to_string())?;
-        Ok((number, address))
+        let number = pool.register(address, adopt.is_some()).map_err(|error| error.to_string())?;
+        Ok((number, address, Vec::new()))
     }
 
     fn note(&mut self, id: PoolId, result: Result<(), Error>) {
@@ -256,6 +273,9 @@ impl PoolMaps {
 
     /// The slots of an earlier dispatcher.
     pub(super) fn recover(&mut self) -> Result<(), Error> {
+        if self.spec.shared {
+            return self.recover_shared();
+        }
         for (address, number) in self.steering.addresses()? {
             // A worker has several addresses with one port.
             let known = self.slots.entry(number).or_insert_with(|| Known::new(address));
@@ -278,13 +298,17 @@ impl PoolMaps {
         self.steering.set_wait(spec.wait)?;
         self.steering.set_policy(policy(spec.policy))?;
         for new in &spec.publics {
-            match new.ipv6_only {
-                true => self.steering.add_public_ipv6(new.address)?,
-                false => self.steering.add_public(new.address)?,
+            match (spec.shared, new.ipv6_only) {
+                (true, _) => self.steering.add_group(new.address)?,
+                (false, true) => self.steering.add_public_ipv6(new.address)?,
+                (false, false) => self.steering.add_public(new.address)?,
             }
         }
-        let stays = |old| spec.publics.iter().any(|new| includes(*new, old));
-        self.steering.retain_publics(stays)?;
+        // Addresses with inherited listeners stay as long as the pool.
+        if !spec.shared {
+            let stays = |old| spec.publics.iter().any(|new| includes(new, old));
+            self.steering.retain_publics(stays)?;
+        }
         self.spec = spec;
         Ok(())
     }
@@ -301,16 +325,7 @@ impl PoolMaps {
             self.adopt(number);
             return Ok(number);
         }
-        let mut number = None;
-        for candidate in (0..MAX_WORKERS).filter(|number| !self.slots.contains_key(number)) {
-            if self.steering.is_free(candidate)? {
-                number = Some(candidate);
-                break;
-            }
-        }
-        let Some(number) = number else {
-            return Err(Error::Invalid(format!("the pool has {MAX_WORKERS} workers already")));
-        };
+        let number = self.free_number()?;
         // It is no worker for the kernel before the core decides so.
         let settings = WorkerSettings { draining: 1, ..WorkerSettings::new(1) };
         self.steering.set_worker(number, settings)?;
@@ -323,6 +338,16 @@ impl PoolMaps {
             self.adopt(number);
         }
         Ok(number)
+    }
+
+    /// A number that no worker has.
+    pub(super) fn free_number(&self) -> Result<u32, Error> {
+        for candidate in (0..MAX_WORKERS).filter(|number| !self.slots.contains_key(number)) {
+            if self.steering.is_free(candidate)? {
+                return Ok(candidate);
+            }
+        }
+        Err(Error::Invalid(format!("the pool has {MAX_WORKERS} workers already")))
     }
 
     /// Registers listeners that the worker has already.
@@ -345,6 +370,9 @@ impl PoolMaps {
             ticks if ticks.is_multiple_of(VERIFY) => self.steering.verify_listeners(),
             _ => return None,
         };
+        // A worker could have detached the program; the kernel tells nothing of that.
+        let attached = if self.spec.shared { self.steering.attach_again() } else { Ok(()) };
+        let compared = compared.and_then(|corrections| attached.map(|()| corrections));
         let corrections = match compared {
             Ok(corrections) => corrections,
             Err(error) => return Some(Err(error)),
@@ -367,6 +395,9 @@ impl PoolMaps {
     }
 
     fn free(&mut self, number: u32) -> Result<(), Error> {
+        if self.spec.shared {
+            return self.free_shared(number);
+        }
         match self.slots.remove(&number) {
             Some(_) => self.steering.remove_worker(number),
             None => Ok(()),
@@ -379,20 +410,25 @@ impl PoolMaps {
         queues: Option<&Queues>,
         events: &mut Vec<SteerEvent>,
     ) -> Result<(), Error> {
+        self.watch_shared()?;
         let now = second();
-        for (&number, known) in &mut self.slots {
-            if known.freed {
+        let numbers: Vec<u32> = self.slots.keys().copied().collect();
+        for number in numbers {
+            let Some(known) = self.slots.get(&number).filter(|known| !known.freed) else {
                 continue;
-            }
+            };
             let slot = Slot { pool: id, number };
             let found = self.steering.counts(number)?;
-            let listens = found.listeners != [0, 0];
+            let accepts = known.shared.as_ref().is_none_or(|shared| shared.accepts);
+            let listens = found.listeners != [0, 0] && accepts;
             let queued = match queues {
+                _ if known.shared.is_some() => self.steering.queue_len(number)?.into(),
                 _ if !listens => 0,
                 Some(queues) => queues.of(known.address),
                 None => known.counts.queued,
             };
-            let counts = counts(&found, now, queued);
+            let counts = self.without_probe(number, counts(&found, now, queued));
+            let Some(known) = self.slots.get_mut(&number) else { continue };
             let not_adopted = known.not_adopted.as_ref().filter(|_| !listens).cloned();
             let problem = found.problem().or(not_adopted);
             if problem != known.problem {
@@ -438,7 +474,7 @@ impl PoolMaps {
 }
 
 impl Known {
-    fn new(address: SocketAddr) -> Known {
+    pub(super) fn new(address: SocketAddr) -> Known {
         Known {
             address,
             counts: SteerCounts::default(),
@@ -446,6 +482,7 @@ impl Known {
             problem: None,
             not_adopted: None,
             freed: false,
+            shared: None,
         }
     }
 }
@@ -464,8 +501,8 @@ fn policy(policy: dispatcher_core::Policy) -> Policy {
 }
 
 /// Whether a public address stands for another one: `[::]:P` also for `0.0.0.0:P`.
-fn includes(public: Public, other: SocketAddr) -> bool {
-    let Public { address, ipv6_only } = public;
+fn includes(public: &Public, other: SocketAddr) -> bool {
+    let &Public { address, ipv6_only, .. } = public;
     let any = |ip: IpAddr| ip.is_unspecified();
     let both = address.is_ipv6() && !ipv6_only && any(address.ip()) && any(other.ip());
     address == other || (both && address.port() == other.port())
@@ -482,6 +519,8 @@ fn counts(found: &WorkerCounts, second: u32, queued: u64) -> SteerCounts {
         pending: found.pending(second),
         total: found.total,
         queued,
+        moved_in: found.moved_in,
+        moved_out: found.moved_out,
     }
 }
 

@@ -141,7 +141,16 @@ impl Model {
             }
             Op::Absurd(n, live, total) => {
                 let Some(worker) = self.pick(n) else { return };
-                self.read(worker, SteerCounts { live, pending: total, total, queued: live });
+                self.read(
+                    worker,
+                    SteerCounts {
+                        live,
+                        pending: total,
+                        total,
+                        queued: live,
+                        ..SteerCounts::default()
+                    },
+                );
             }
             Op::Close(n) => {
                 let Some(worker) = self.pick(n) else { return };

@@ -1,0 +1,55 @@
+//! Pools whose processes inherit listeners at the public addresses (`ports = "shared"`).
+
+use toml::Spanned;
+
+use super::super::error::Mistake;
+use super::super::file::{ListenerKeys, PoolKeys};
+use super::super::validate::Check;
+use super::super::{ListenerOptions, ReadyCheck, Spawn};
+
+/// Most public addresses of such a pool.
+pub(super) const MAX_ADDRESSES: usize = 32;
+
+/// Keys of a pool that are not possible with inherited listeners.
+pub(super) fn refuse(
+    check: &mut Check<'_>,
+    (keys, defaults): (&PoolKeys, &PoolKeys),
+    spawn: Option<&Spawn>,
+) {
+    if let Some(fallback) = keys.fallback.as_ref().or(defaults.fallback.as_ref()) {
+        check.mistake(
+            Mistake::new(
+                fallback.span(),
+                "a server that inherits a listener takes no connections \
+                                           that are passed",
+            )
+            .help("remove `fallback`"),
+        );
+    }
+    let (Some(own), Some(spawn)) = (&keys.spawn, spawn) else { return };
+    let defaults = defaults.spawn.as_ref().map(Spanned::get_ref);
+    if let ReadyCheck::Http(_) = spawn.ready_check {
+        let own = own.get_ref().ready_check.as_ref();
+        let key = own.or(defaults.and_then(|it| it.ready_check.as_ref()));
+        let span = key.map_or(0..0, Spanned::span);
+        check.mistake(
+            Mistake::new(span, "a process that shares its port cannot be asked by itself")
+                .help("ready_check = \"tcp\": it is ready when it accepts a connection"),
+        );
+    }
+}
+
+/// Keys of a listener of such a pool; then its options.
+pub(super) fn listener(check: &mut Check<'_>, keys: &ListenerKeys, options: &mut ListenerOptions) {
+    let refused = [
+        ("ipv6_only", keys.ipv6_only.as_ref().filter(|on| *on.get_ref()), "[::] is for IPv4, too"),
+        ("free_bind", keys.free_bind.as_ref().filter(|on| *on.get_ref()), "it must exist"),
+    ];
+    for (name, key, help) in refused {
+        let Some(key) = key else { continue };
+        let message = format!("`{name}` is not possible where processes inherit listeners");
+        check.mistake(Mistake::new(key.span(), message).help(format!("remove it: {help}")));
+    }
+    // The workers' listeners join this one at its address.
+    (options.bind_only, options.reuse_port) = (true, true);
+}

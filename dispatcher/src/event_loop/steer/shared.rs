@@ -1,0 +1,208 @@
+//! The thread's part for processes that share the public ports: it opens their listeners, which they
+//! inherit, and has a duplicate of each.
+//!
+//! A connection to each worker ([`Probe`]) waits in the worker's queue until it is accepted: so a
+//! process that starts gets no clients before it accepts, and one whose queue was moved is trusted
+//! again when it accepts. The probe of a worker does not count in what is reported.
+//!
+//! What waits in the queue of a process that has ended goes to other workers. Without another one,
+//! the listeners wait for the next process, with all that is in their queues.
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::time::Instant;
+
+use dispatch_steer::{Error, MAX_WORKERS, Probe, Probed, WorkerSettings};
+use dispatcher_core::SteerCounts;
+
+use super::thread::{Known, PoolMaps};
+use crate::background::logger::{quoted, value};
+
+/// The backlog of each listener; the kernel caps it at `net.core.somaxconn`.
+const BACKLOG: u32 = 4096;
+
+/// What the slot of a process has more that shares its port.
+#[derive(Default)]
+pub(super) struct Shared {
+    probe: Option<Probe>,
+    /// It has accepted a connection.
+    pub(super) accepts: bool,
+    /// Its process has ended, and no other worker could take its queue.
+    left_at: Option<Instant>,
+}
+
+/// What a process is started with: the number of its slot, its address, and its listeners with their
+/// names.
+pub(super) type Inherits = (u32, SocketAddr, Vec<(String, OwnedFd)>);
+
+impl PoolMaps {
+    /// The slots of an earlier dispatcher.
+    pub(super) fn recover_shared(&mut self) -> Result<(), Error> {
+        for number in 0..MAX_WORKERS {
+            if self.steering.worker(number)?.weight != 0 {
+                let unspecified = SocketAddr::new(self.spec.ip, 0);
+                let mut known = Known::new(unspecified);
+                known.freed = true;
+                self.slots.insert(number, known);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes over the listeners that a process of an earlier dispatcher has.
+    pub(super) fn take_listeners(&mut self, pid: i32) -> Result<Inherits, Error> {
+        let free = self.free_number()?;
+        let number = self.steering.take_listeners_of(u32::try_from(pid).unwrap_or(0), free)?;
+        let address = self.public()?;
+        // It has accepted connections before.
+        let mut known = Known::new(address);
+        known.shared = Some(Shared { accepts: true, ..Shared::default() });
+        self.slots.insert(number, known);
+        Ok((number, address, Vec::new()))
+    }
+
+    fn public(&self) -> Result<SocketAddr, Error> {
+        let public = self.spec.publics.first().map(|public| public.address);
+        public.ok_or_else(|| Error::Invalid("no listener sends connections to the pool".to_owned()))
+    }
+
+    /// Opens the listeners of a new process, or finds those that wait for one.
+    pub(super) fn open_listeners(&mut self) -> Result<Inherits, Error> {
+        let address = self.public()?;
+        let left = |known: &Known| known.shared.as_ref().is_some_and(|it| it.left_at.is_some());
+        let waiting = self.slots.iter().find(|(_, known)| left(known)).map(|(number, _)| *number);
+        let number = match waiting {
+            Some(number) => number,
+            None => self.free_number()?,
+        };
+        // It is no worker for the kernel before the core decides so.
+        let settings = WorkerSettings { draining: 1, ..WorkerSettings::new(1) };
+        self.steering.set_worker(number, settings)?;
+        let mut known = Known::new(address);
+        let opened = self.duplicates(number);
+        if opened.is_err() && waiting.is_none() {
+            self.steering.remove_worker(number)?;
+        }
+        let listeners = opened?;
+        known.shared = Some(Shared::default());
+        self.slots.insert(number, known);
+        self.probe(number);
+        Ok((number, address, listeners))
+    }
+
+    fn duplicates(&mut self, number: u32) -> Result<Vec<(String, OwnedFd)>, Error> {
+        let publics = self.spec.publics.clone();
+        let open = |public: super::Public| {
+            let listener = self.steering.open_listener(number, public.address, BACKLOG)?;
+            Ok((public.name, listener))
+        };
+        publics.into_iter().map(open).collect()
+    }
+
+    /// Makes a connection to a worker, if there is none.
+    fn probe(&mut self, number: u32) {
+        let shared = self.slots.get_mut(&number).and_then(|known| known.shared.as_mut());
+        let Some(shared) = shared.filter(|shared| shared.probe.is_none()) else { return };
+        match self.steering.probe(number) {
+            Ok(probe) => shared.probe = Some(probe),
+            Err(error) => log::debug!(
+                "event=steer_not_probed pool={} number={number} error={}",
+                value(&self.spec.name),
+                quoted(&error)
+            ),
+        }
+    }
+
+    /// Looks whether workers have accepted the connections to them, and after listeners that wait
+    /// for a process.
+    pub(super) fn watch_shared(&mut self) -> Result<(), Error> {
+        let numbers: Vec<u32> = self.slots.keys().copied().collect();
+        for number in numbers {
+            let known = self.slots.get_mut(&number);
+            let Some(shared) = known.and_then(|known| known.shared.as_mut()) else { continue };
+            if let Some(since) = shared.left_at {
+                let late = since.elapsed() > self.spec.wait;
+                self.leave_queue(number, late)?;
+                continue;
+            }
+            let outcome = match &shared.probe {
+                Some(probe) => self.steering.probed(probe)?,
+                None if shared.accepts => continue,
+                None => Probed::Failed,
+            };
+            if outcome == Probed::Waits {
+                continue;
+            }
+            shared.accepts |= outcome == Probed::Accepted;
+            if let Some(probe) = shared.probe.take() {
+                self.steering.end_probe(probe)?;
+            }
+            if outcome == Probed::Failed {
+                self.probe(number);
+            }
+        }
+        Ok(())
+    }
+
+    /// The connections that wait in the queue of a worker, and what it counts without the probe.
+    pub(super) fn without_probe(&self, number: u32, counts: SteerCounts) -> SteerCounts {
+        let Some(known) = self.slots.get(&number) else { return counts };
+        if known.shared.as_ref().is_none_or(|shared| shared.probe.is_none()) {
+            return counts;
+        }
+        // The kernel counts it some time after it was made.
+        let total = counts.total.saturating_sub(1).max(known.counts.total);
+        SteerCounts { total, queued: counts.queued.saturating_sub(1), ..counts }
+    }
+
+    /// Moves the queue of a worker that does not accept.
+    pub(super) fn move_queue(&mut self, number: u32) -> Result<(), Error> {
+        let known = self.slots.get_mut(&number);
+        let Some(shared) = known.and_then(|known| known.shared.as_mut()) else { return Ok(()) };
+        if let Some(probe) = shared.probe.take() {
+            self.steering.end_probe(probe)?;
+        }
+        let moved = match self.steering.move_queue(number) {
+            // No other worker can take it.
+            Err(Error::Invalid(_)) => Ok(()),
+            moved => moved,
+        };
+        self.probe(number);
+        moved
+    }
+
+    /// The process of a worker has ended.
+    pub(super) fn free_shared(&mut self, number: u32) -> Result<(), Error> {
+        let known = self.slots.get_mut(&number);
+        let Some(shared) = known.and_then(|known| known.shared.as_mut()) else {
+            // No process has claimed it.
+            return match self.slots.remove(&number) {
+                Some(_) => self.steering.remove_worker(number),
+                None => Ok(()),
+            };
+        };
+        if let Some(probe) = shared.probe.take() {
+            self.steering.end_probe(probe)?;
+        }
+        let known = self.slots.get_mut(&number);
+        if let Some(known) = known {
+            known.freed = true;
+            known.shared = Some(Shared { left_at: Some(Instant::now()), ..Shared::default() });
+        }
+        let settings = WorkerSettings { draining: 1, ..WorkerSettings::new(1) };
+        self.steering.set_worker(number, settings)?;
+        self.leave_queue(number, false)
+    }
+
+    /// Gives the queue of a process that has ended to other workers, if there are any. `late`: closes
+    /// it in any case.
+    fn leave_queue(&mut self, number: u32, late: bool) -> Result<(), Error> {
+        match self.steering.evict(number) {
+            Err(Error::Invalid(_)) if !late => return Ok(()),
+            Err(Error::Invalid(_)) | Ok(()) => {}
+            Err(error) => return Err(error),
+        }
+        self.slots.remove(&number);
+        self.steering.remove_worker(number)
+    }
+}

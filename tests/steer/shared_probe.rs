@@ -1,0 +1,72 @@
+//! Shared ports: connections of the dispatcher to one worker, and queues that are moved.
+
+use std::net::{Ipv6Addr, SocketAddr, TcpStream};
+
+use dispatch_steer::{Error, Probed, WorkerSettings};
+use nix::sys::signal::Signal;
+use test_support::wait_until;
+
+use crate::lab::*;
+use crate::shared_lab::*;
+
+#[test]
+fn a_probe_is_for_its_worker_and_tells_when_it_accepts() {
+    let Some(mut lab) = Lab::sharing(3) else { return };
+    // The policy would choose another one: it is loaded, and gets no new connections.
+    let draining = WorkerSettings { draining: 1, ..WorkerSettings::new(1) };
+    let held: Vec<TcpStream> = (0..6).map(|_| connect(V4)).collect();
+    lab.steering().set_worker(1, draining).unwrap();
+    lab.signal(1, Signal::SIGSTOP);
+    let probe = lab.steering().probe(1).unwrap();
+    wait_until("it to wait in the queue", || lab.steering().queue_len(1).unwrap() == 1);
+    assert_eq!(lab.steering().probed(&probe).unwrap(), Probed::Waits);
+    assert_eq!(lab.live(), [2, 3, 2]);
+    lab.signal(1, Signal::SIGCONT);
+    wait_until("it to be accepted", || lab.steering().probed(&probe).unwrap() == Probed::Accepted);
+    lab.steering().end_probe(probe).unwrap();
+    eventually("the worker to close it", vec![2; 3], || lab.live());
+    lab.settled();
+
+    let refused = lab.steering().probe(7).unwrap_err();
+    assert!(matches!(refused, Error::Invalid(_)), "{refused}");
+    drop(held);
+    lab.empty();
+}
+
+#[test]
+fn a_worker_with_two_addresses_of_both_families_is_probed() {
+    let Some(mut lab) = Lab::without_heirs(std::time::Duration::ZERO) else { return };
+    let any = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), PUBLIC);
+    for public in [any, V6] {
+        let worker = lab.enlist();
+        lab.inherit(worker, HEIR, &[public]);
+        let probe = lab.steering().probe(worker).unwrap();
+        wait_until("it to be accepted", || {
+            lab.steering().probed(&probe).unwrap() == Probed::Accepted
+        });
+        lab.steering().end_probe(probe).unwrap();
+    }
+    assert_eq!(lab.total(), [1, 1]);
+    lab.empty();
+}
+
+#[test]
+fn a_queue_is_moved_while_its_process_keeps_its_listener() {
+    let Some(mut lab) = Lab::sharing(3) else { return };
+    lab.signal(1, Signal::SIGSTOP);
+    let mut clients: Vec<TcpStream> = (0..60).map(|_| dial(V4)).collect();
+    eventually("all to be connected", vec![20; 3], || lab.live());
+    lab.steering().move_queue(1).unwrap();
+    clients.iter_mut().for_each(read_hello);
+    assert_eq!(lab.live(), [30, 0, 30]);
+    let counts: Vec<_> = (0..3).map(|n| lab.steering().counts(n).unwrap()).collect();
+    assert_eq!(counts.iter().map(|it| it.moved_in).collect::<Vec<_>>(), [10, 0, 10]);
+    assert_eq!(counts.iter().map(|it| it.moved_out).collect::<Vec<_>>(), [0, 20, 0]);
+    // The process has noticed nothing.
+    lab.signal(1, Signal::SIGCONT);
+    clients.extend((0..30).map(|_| connect(V4)));
+    assert_eq!(lab.live(), [30; 3]);
+    lab.settled();
+    drop(clients);
+    lab.empty();
+}

@@ -1,0 +1,438 @@
+//! Processes that inherit their listeners: one public port, shared by all.
+
+use std::io::Read;
+use std::net::{Ipv6Addr, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use test_support::{Dispatcher, PATIENCE, configure, wait_for, wait_until};
+
+use crate::place::*;
+
+/// Serves the listeners that it inherits from the first one on, as [`KEEPER`] serves its own. With a
+/// second argument, it needs so many seconds to start.
+pub const HEIR: &str = r#"
+import os, selectors, signal, socket, sys, time
+assert int(os.environ["LISTEN_PID"]) == os.getpid()
+many = int(os.environ["LISTEN_FDS"])
+assert len(os.environ["LISTEN_FDNAMES"].split(":")) == many
+time.sleep(float(sys.argv[2]) if len(sys.argv) > 2 else 0)
+listeners = [socket.socket(fileno=int(sys.argv[1]) + n) for n in range(many)]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+poll = selectors.DefaultSelector()
+for listener in listeners:
+    listener.setblocking(False)
+    poll.register(listener, selectors.EVENT_READ)
+while True:
+    for key, _ in poll.select():
+        if key.fileobj in listeners:
+            try: client, _ = key.fileobj.accept()
+            except BlockingIOError: continue
+            try: client.sendall(b"hello %d\n" % os.getpid())
+            except OSError: client.close(); continue
+            poll.register(client, selectors.EVENT_READ)
+            continue
+        try: data = key.fileobj.recv(4096)
+        except OSError: data = b""
+        if not data:
+            poll.unregister(key.fileobj)
+            key.fileobj.close()
+"#;
+
+/// The configuration of a pool `web` at [`PUBLIC`] with so many heirs.
+fn heirs(processes: u32, more: &str) -> String {
+    heirs_with(processes, more, &[])
+}
+
+fn heirs_with(processes: u32, more: &str, arguments: &[&str]) -> String {
+    let pool = format!("[pool.web]\nmode = \"steer\"\nwait_for_worker = \"5s\"\n{more}");
+    let program = HEIR.replace('{', "{{").replace('}', "}}");
+    let words = ["python3", "-c", &program, "{fd}"];
+    let words: Vec<String> =
+        words.iter().chain(arguments).map(|word| format!("{word:?}")).collect();
+    format!(
+        "{}{pool}\n[pool.web.spawn]\nprocesses = {processes}\ncommand = [{}]\n",
+        listener(),
+        words.join(", ")
+    )
+}
+
+/// Connects without waiting for an answer.
+fn dial() -> TcpStream {
+    let stream = TcpStream::connect_timeout(&PUBLIC, PATIENCE).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+/// The process that has answered.
+fn answer(client: &mut TcpStream) -> i32 {
+    let mut text = String::new();
+    while !text.ends_with('\n') {
+        let mut byte = [0];
+        client.read_exact(&mut byte).expect("a client that is served");
+        text.push(char::from(byte[0]));
+    }
+    text.trim().strip_prefix("hello ").unwrap().parse().unwrap()
+}
+
+fn signal(pid: i32, signal: Signal) {
+    kill(Pid::from_raw(pid), signal).unwrap();
+    if signal == Signal::SIGSTOP {
+        wait_until("the process to stop", || {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+        });
+    }
+}
+
+fn pid_of(dispatcher: &Dispatcher, name: &str) -> i32 {
+    let status = dispatcher.status();
+    status.pools[0].workers.iter().find(|worker| worker.name == name).unwrap().pid
+}
+
+#[test]
+fn connections_are_shared_exactly() {
+    if !enter() {
+        return;
+    }
+    let dispatcher = Dispatcher::start(&heirs(4, ""));
+    ready(&dispatcher, 4);
+    let before = taken(&wait_loads(&dispatcher, &[0; 4]));
+    for _ in 0..200 {
+        drop(connect());
+    }
+    let status = wait_loads(&dispatcher, &[0; 4]);
+    let now: Vec<u64> = taken(&status).iter().zip(before).map(|(now, then)| now - then).collect();
+    assert_eq!(now, [50; 4]);
+    let held: Vec<TcpStream> = (0..1_000).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[250; 4]);
+    drop(held);
+    wait_loads(&dispatcher, &[0; 4]);
+}
+
+#[test]
+fn drain_resume_weight_and_maximum_apply_in_the_kernel() {
+    if !enter() {
+        return;
+    }
+    let dispatcher = Dispatcher::start(&heirs(3, "max_connections_per_worker = 40\n"));
+    ready(&dispatcher, 3);
+    command(&dispatcher, &["drain", "web/web-1"]);
+    let mut held: Vec<TcpStream> = (0..20).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[10, 10]);
+    command(&dispatcher, &["resume", "web/web-1"]);
+    held.extend((0..10).map(|_| connect()));
+    wait_loads(&dispatcher, &[10; 3]);
+    command(&dispatcher, &["weight", "web/web-2", "2"]);
+    held.extend((0..10).map(|_| connect()));
+    wait_loads(&dispatcher, &[10, 20, 10]);
+    held.extend((0..80).map(|_| connect()));
+    wait_loads(&dispatcher, &[40; 3]);
+    let waiting = std::thread::spawn(connect);
+    dispatcher.wait_status("a SYN to be dropped", |status| {
+        status.pools[0].steer.as_ref().is_some_and(|it| it.dropped_full > 0)
+    });
+    held.pop();
+    held.push(waiting.join().unwrap());
+    wait_loads(&dispatcher, &[40; 3]);
+}
+
+/// What waits in the queue of a killed worker is served by the others.
+#[test]
+fn the_queue_of_a_killed_worker_goes_to_others() {
+    if !enter() {
+        return;
+    }
+    // Its patience is longer than this test.
+    let dispatcher = Dispatcher::start(&heirs(4, "handoff_timeout = \"60s\"\n"));
+    ready(&dispatcher, 4);
+    let killed = pid_of(&dispatcher, "web-2");
+    for round in 1..=3 {
+        let killed = if round == 1 { killed } else { pid_of(&dispatcher, "web-2") };
+        signal(killed, Signal::SIGSTOP);
+        let mut clients: Vec<TcpStream> = (0..200).map(|_| dial()).collect();
+        dispatcher.wait_status("50 to wait", |status| {
+            let web_2 = status.pools[0].workers.iter().find(|it| it.name == "web-2");
+            web_2.and_then(|it| it.steer.as_ref()).is_some_and(|it| it.queued == 50)
+        });
+        signal(killed, Signal::SIGKILL);
+        assert!(clients.iter_mut().all(|client| answer(client) != killed));
+        drop(clients);
+        dispatcher.wait_status("another process", |status| {
+            status.pools[0].workers.iter().all(|worker| worker.pid != killed)
+                && active(&status.pools[0]).len() == 4
+        });
+        wait_loads(&dispatcher, &[0; 4]);
+    }
+}
+
+/// The only process of a pool ends: the next one inherits its listener with all that waits.
+#[test]
+fn the_queue_of_the_only_worker_waits_for_the_next_process() {
+    if !enter() {
+        return;
+    }
+    let dispatcher = Dispatcher::start(&heirs(1, "handoff_timeout = \"60s\"\n"));
+    let first = processes_of(&ready(&dispatcher, 1))[0];
+    signal(first, Signal::SIGSTOP);
+    let mut clients: Vec<TcpStream> = (0..20).map(|_| dial()).collect();
+    signal(first, Signal::SIGKILL);
+    let next = answer(&mut clients[0]);
+    assert!(next != first && clients[1..].iter_mut().all(|client| answer(client) == next));
+    wait_loads(&dispatcher, &[20]);
+    drop(clients);
+    wait_loads(&dispatcher, &[0]);
+}
+
+/// What waits in the queue of a worker that hangs is moved; it is trusted again when it accepts.
+#[test]
+fn the_queue_of_a_hanging_worker_is_moved() {
+    if !enter() {
+        return;
+    }
+    let dispatcher = Dispatcher::start(&heirs(3, "handoff_timeout = \"300ms\"\n"));
+    ready(&dispatcher, 3);
+    let hanging = pid_of(&dispatcher, "web-1");
+    for _ in 0..3 {
+        signal(hanging, Signal::SIGSTOP);
+        let mut clients: Vec<TcpStream> = (0..30).map(|_| dial()).collect();
+        assert!(clients.iter_mut().all(|client| answer(client) != hanging));
+        dispatcher.wait_status("it to be suspect", |status| {
+            status.pools[0].workers.iter().any(|it| it.name == "web-1" && it.state == "suspect")
+        });
+        // It is left out.
+        clients.extend((0..10).map(|_| connect()));
+        wait_loads(&dispatcher, &[20, 20]);
+        signal(hanging, Signal::SIGCONT);
+        dispatcher.wait_status("it to be trusted", |status| active(&status.pools[0]).len() == 3);
+        clients.extend((0..20).map(|_| connect()));
+        wait_loads(&dispatcher, &[20; 3]);
+        drop(clients);
+        wait_loads(&dispatcher, &[0; 3]);
+    }
+    assert_eq!(pid_of(&dispatcher, "web-1"), hanging, "it noticed nothing");
+}
+
+/// Clients come without a pause while processes are replaced, added, removed and killed: each of them
+/// is served, and none waits for a process that starts.
+#[test]
+fn processes_come_and_go_without_losing_a_client() {
+    if !enter() {
+        return;
+    }
+    let config = heirs_with(2, "handoff_timeout = \"60s\"\n", &["0.7"]);
+    let mut dispatcher = Dispatcher::start(&config);
+    ready(&dispatcher, 2);
+    let descriptors = descriptors_of(&dispatcher);
+    let (over, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let clients: Vec<_> = (0..4)
+        .map(|_| {
+            let (over, served) = (Arc::clone(&over), Arc::clone(&served));
+            std::thread::spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    drop(connect());
+                    served.fetch_add(1, Ordering::Relaxed);
+                    std::thread::sleep(PACE);
+                }
+            })
+        })
+        .collect();
+    command(&dispatcher, &["restart", "web", "--wait"]);
+    command(&dispatcher, &["scale", "web", "4"]);
+    ready(&dispatcher, 4);
+    signal(pid_of(&dispatcher, "web-3"), Signal::SIGTERM);
+    dispatcher.wait_status("its end", |status| active(&status.pools[0]).len() == 3);
+    ready(&dispatcher, 4);
+    command(&dispatcher, &["scale", "web", "2"]);
+    dispatcher.wait_status("two to end", |status| status.pools[0].workers.len() == 2);
+    over.store(true, Ordering::Relaxed);
+    clients.into_iter().for_each(|client| client.join().expect("each client was served"));
+    assert!(served.load(Ordering::Relaxed) > 100);
+    wait_loads(&dispatcher, &[0; 2]);
+    wait_until("its descriptors to be as before", || descriptors_of(&dispatcher) == descriptors);
+    let processes = processes_of(&dispatcher.status().pools[0]);
+    assert!(dispatcher.stop().success());
+    assert!(processes.iter().all(|&pid| !is_alive(pid)));
+    assert!(TcpStream::connect(PUBLIC).is_err());
+}
+
+fn descriptors_of(dispatcher: &Dispatcher) -> usize {
+    std::fs::read_dir(format!("/proc/{}/fd", dispatcher.process.pid())).unwrap().count()
+}
+
+/// A process that starts slowly gets no client before it accepts one.
+#[test]
+fn a_process_gets_no_client_before_it_accepts() {
+    if !enter() {
+        return;
+    }
+    let dispatcher = Dispatcher::start(&heirs_with(1, "", &["1.5"]));
+    let first = processes_of(&ready(&dispatcher, 1))[0];
+    command(&dispatcher, &["scale", "web", "2"]);
+    let held: Vec<i32> = wait_for("a second process that accepts", || {
+        let answers: Vec<i32> = (0..4).map(|_| answer(&mut dial())).collect();
+        let both = active(&dispatcher.status().pools[0]).len() == 2;
+        assert!(both || answers.iter().all(|&pid| pid == first));
+        both.then(|| (0..10).map(|_| answer(&mut dial())).collect())
+    });
+    assert!(held.iter().any(|&pid| pid != first));
+}
+
+#[test]
+fn several_addresses_of_both_families_are_inherited() {
+    if !enter() {
+        return;
+    }
+    let any = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 9000);
+    let more = format!("[[listener]]\nname = \"other\"\naddress = \"{any}\"\npool = \"web\"\n");
+    let dispatcher = Dispatcher::start(&format!("{more}{}", heirs(2, "")));
+    ready(&dispatcher, 2);
+    let at = ["127.0.0.1:8000", "127.0.0.1:9000", "[::1]:9000"];
+    let held: Vec<TcpStream> = (0..20)
+        .flat_map(|_| at)
+        .map(|address| {
+            let mut client = TcpStream::connect(address).unwrap();
+            client.set_read_timeout(Some(PATIENCE)).unwrap();
+            answer(&mut client);
+            client
+        })
+        .collect();
+    wait_loads(&dispatcher, &[30, 30]);
+    drop(held);
+    wait_loads(&dispatcher, &[0, 0]);
+}
+
+/// The processes know nothing of the dispatcher, and end with it nevertheless.
+#[test]
+fn a_killed_dispatcher_leaves_no_process_behind() {
+    if !enter() {
+        return;
+    }
+    let folder = configure(&heirs(2, ""));
+    let mut dispatcher = Dispatcher::start_in(folder.path());
+    let processes = processes_of(&ready(&dispatcher, 2));
+    dispatcher.process.kill();
+    wait_until("the processes to end", || processes.iter().all(|&pid| !is_alive(pid)));
+    assert!(TcpStream::connect(PUBLIC).is_err());
+    let dispatcher = Dispatcher::start_in(folder.path());
+    ready(&dispatcher, 2);
+    drop(connect());
+}
+
+/// With pins and `on_dispatcher_loss = "serve"`, nothing is noticed by clients.
+#[test]
+fn the_kernel_chooses_while_the_dispatcher_is_gone() {
+    if !enter() {
+        return;
+    }
+    let pins = bpffs();
+    let config = format!(
+        "steer_pins = \"{}/pins\"\n{}on_dispatcher_loss = \"serve\"\n",
+        pins.path().display(),
+        heirs(3, "handoff_timeout = \"60s\"\n")
+    );
+    let folder = configure(&config);
+    let mut dispatcher = Dispatcher::start_in(folder.path());
+    let processes = processes_of(&ready(&dispatcher, 3));
+    assert!(dispatcher.status().pools[0].steer.as_ref().unwrap().pinned);
+    let mut held: Vec<TcpStream> = (0..30).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[10; 3]);
+    for (round, how) in [Signal::SIGKILL, Signal::SIGUSR1, Signal::SIGKILL].iter().enumerate() {
+        dispatcher.process.signal(*how);
+        dispatcher.process.wait();
+        // No dispatcher: the kernel shares these exactly, too.
+        held.extend((0..15).map(|_| connect()));
+        dispatcher = Dispatcher::start_in(folder.path());
+        let pool = ready(&dispatcher, 3);
+        assert!(processes_of(&pool).iter().all(|pid| processes.contains(pid)));
+        let each = 10 + 5 * (round as u64 + 1);
+        wait_loads(&dispatcher, &[each; 3]);
+    }
+    // It is in command again.
+    command(&dispatcher, &["drain", "web/web-2"]);
+    held.extend((0..10).map(|_| connect()));
+    wait_loads(&dispatcher, &[30, 30]);
+    command(&dispatcher, &["resume", "web/web-2"]);
+    // What waits in the queue of a worker that it has adopted is moved, too.
+    let killed = pid_of(&dispatcher, "web-2");
+    signal(killed, Signal::SIGSTOP);
+    let mut clients: Vec<TcpStream> = (0..20).map(|_| dial()).collect();
+    signal(killed, Signal::SIGKILL);
+    assert!(clients.iter_mut().all(|client| answer(client) != killed));
+    drop((held, clients));
+    wait_loads(&dispatcher, &[0; 3]);
+    command(&dispatcher, &["restart", "web", "--wait"]);
+    assert!(dispatcher.stop().success());
+    assert!(!has_files(&pins.path().join("pins")), "no pin is left");
+    assert!(TcpStream::connect(PUBLIC).is_err());
+}
+
+/// A process that dies while there is no dispatcher leaves its queue to the others, and is replaced.
+#[test]
+fn a_process_that_died_meanwhile_is_replaced() {
+    if !enter() {
+        return;
+    }
+    let pins = bpffs();
+    let config = format!(
+        "steer_pins = \"{}/pins\"\n{}on_dispatcher_loss = \"serve\"\n",
+        pins.path().display(),
+        heirs(3, "handoff_timeout = \"60s\"\n")
+    );
+    let folder = configure(&config);
+    let mut dispatcher = Dispatcher::start_in(folder.path());
+    ready(&dispatcher, 3);
+    let dies = pid_of(&dispatcher, "web-2");
+    dispatcher.process.kill();
+    signal(dies, Signal::SIGSTOP);
+    let mut clients: Vec<TcpStream> = (0..30).map(|_| dial()).collect();
+    signal(dies, Signal::SIGKILL);
+    assert!(clients.iter_mut().all(|client| answer(client) != dies));
+    let dispatcher = Dispatcher::start_in(folder.path());
+    ready(&dispatcher, 3);
+    dispatcher.wait_status("all to be counted", |status| {
+        active(&status.pools[0]).iter().map(|(_, load)| load).sum::<u64>() == 30
+    });
+    drop(clients);
+    wait_loads(&dispatcher, &[0; 3]);
+}
+
+/// A reload cannot change what the processes have inherited; the rest of it can.
+#[test]
+fn a_reload_keeps_the_listeners() {
+    if !enter() {
+        return;
+    }
+    let config = heirs(2, "");
+    let folder = configure(&config);
+    let file = folder.path().join("dispatcher.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let dispatcher = Dispatcher::start_in(folder.path());
+    ready(&dispatcher, 2);
+    let more = "[[listener]]\nname = \"other\"\naddress = \"127.0.0.1:9000\"\npool = \"web\"\n";
+    std::fs::write(&file, format!("{text}\n{more}")).unwrap();
+    let refused = refused(&dispatcher, &["reload"]);
+    assert!(refused.contains("listener `other`: processes inherit the listeners"), "{refused}");
+    std::fs::write(&file, text.replace("8000", "8001")).unwrap();
+    assert!(self::refused(&dispatcher, &["reload"]).contains("listener `web`"));
+    std::fs::write(&file, text.replace("processes = 2", "processes = 3")).unwrap();
+    command(&dispatcher, &["reload"]);
+    ready(&dispatcher, 3);
+    let held: Vec<TcpStream> = (0..9).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[3; 3]);
+    drop(held);
+}
+
+/// What a command says that fails.
+fn refused(dispatcher: &Dispatcher, arguments: &[&str]) -> String {
+    let out = std::process::Command::new(test_support::dispatcher_bin())
+        .args(arguments)
+        .arg("--admin")
+        .arg(dispatcher.admin())
+        .output()
+        .unwrap();
+    assert!(!out.status.success());
+    String::from_utf8_lossy(&out.stderr).into_owned()
+}
