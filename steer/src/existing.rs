@@ -88,14 +88,22 @@ impl Steering {
     /// program. Returns the number of its worker: after [`Steering::adopt`] the one that it had, or
     /// else `free`, whose connections of before are not counted.
     ///
-    /// It needs the right to fetch descriptors, as [`Steering::adopt_listeners`].
+    /// It needs the right to fetch descriptors, as [`Steering::adopt_listeners`]. `cgroup` is the one
+    /// to which the programs are attached.
     ///
     /// # Errors
     ///
     /// [`Error::Invalid`] if the process has no such listener, or there is none at one of the public
-    /// addresses; [`Error::Listener`] if it may not be fetched; otherwise as
+    /// addresses; [`Error::Listener`] if it may not be fetched, or was
+    /// opened outside of the cgroup; otherwise as
     /// [`Steering::take_listeners`].
-    pub fn take_listeners_of(&mut self, process: u32, free: u32) -> Result<u32, Error> {
+    pub fn take_listeners_of(
+        &mut self,
+        process: u32,
+        cgroup: &Path,
+        free: u32,
+    ) -> Result<u32, Error> {
+        let group = Group::read(cgroup)?;
         let publics = self.public_addresses()?;
         let mut found = Vec::new();
         self.read_sockets(sockets::LISTENING, &mut |socket| {
@@ -106,6 +114,10 @@ impl Steering {
         let mut listeners = Vec::new();
         for socket in found {
             match descriptor_of(process, &socket) {
+                Ok(_) if socket.cgroup.is_some_and(|id| !group.ids.contains(&id)) => {
+                    let reason = outside(&group);
+                    return Err(Error::Listener { address: socket.local, reason });
+                }
                 Ok(listener) => listeners.push((socket.owner, listener)),
                 Err(Absent::Elsewhere) => {}
                 Err(Absent::Forbidden(_)) => {
@@ -143,11 +155,7 @@ impl Steering {
     ) -> Result<SocketAddr, Error> {
         let failed = |reason: String| Error::Listener { address: socket.local, reason };
         if socket.cgroup.is_some_and(|id| !group.ids.contains(&id)) {
-            return Err(failed(format!(
-                "it was opened outside of {}, so its connections could not be counted: start its \
-                 server there",
-                group.path.display()
-            )));
+            return Err(failed(outside(group)));
         }
         let listener = group.descriptor(socket).map_err(|absent| {
             failed(match absent {
@@ -200,6 +208,14 @@ impl Steering {
         let owners = self.maps.owners().map_err(failed)?;
         sockets::read(Some(owners), states, each).map_err(failed)
     }
+}
+
+fn outside(group: &Group) -> String {
+    format!(
+        "it was opened outside of {}, so its connections could not be counted: start its server \
+         there",
+        group.path.display()
+    )
 }
 
 impl Group {

@@ -440,7 +440,7 @@ impl Model {
                 assert!(refused, "at {now:?}, since {since:?}, {unserved}");
                 self.unserved = None;
             }
-            Effect::Steer { .. } | Effect::Event(_) => {}
+            Effect::Steer { .. } | Effect::MoveQueue { .. } | Effect::Event(_) => {}
         }
     }
 

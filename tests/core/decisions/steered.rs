@@ -2,6 +2,7 @@
 //! what it has the kernel told.
 
 mod model;
+mod moved;
 mod supervised;
 
 use std::collections::BTreeMap;
@@ -29,6 +30,8 @@ struct Lab {
     /// Processes to be started, and those to be ended.
     starts: Vec<ProcessId>,
     stops: Vec<ProcessId>,
+    /// Workers whose queues are to be moved.
+    moves: Vec<WorkerId>,
 }
 
 fn steered() -> PoolSettings {
@@ -51,6 +54,7 @@ fn lab_with(change: impl FnOnce(&mut PoolSettings)) -> Lab {
         events: Vec::new(),
         starts: Vec::new(),
         stops: Vec::new(),
+        moves: Vec::new(),
     };
     lab.wait(Duration::ZERO);
     lab
@@ -73,6 +77,7 @@ impl Lab {
                 Effect::Event(event) => self.events.push(event),
                 Effect::Spawn { process } => self.starts.push(process),
                 Effect::StopProcess { process, .. } => self.stops.push(process),
+                Effect::MoveQueue { worker } => self.moves.push(worker),
                 Effect::EndProcess { .. } | Effect::CheckReady { .. } => {}
                 effect => panic!("nothing can be sent to a steered worker: {effect:?}"),
             }

@@ -16,6 +16,7 @@ fn uncommented(skip: &[&str]) -> String {
     let steered = [
         "mode = \"steer\"",
         "fallback",
+        "ports =",
         "[[pool.web.member]]",
         "address  = \"127.0.0.1:8001\"",
         "cgroup",

@@ -92,6 +92,50 @@ fn a_steered_pool_needs_workers_that_know_where_to_listen() {
 }
 
 #[test]
+fn processes_can_share_the_public_ports() {
+    let fd = "[pool.web.spawn]\ncommand = [\"/bin/sh\", \"{fd}\"]\n";
+    let config = good(&format!("{STEERED}{fd}"));
+    let pool = &config.pools[0];
+    assert_eq!(pool.steer.as_ref().map(|steer| steer.ports), Some(Ports::Shared));
+    assert!(pool.settings.steered && pool.settings.queues_move);
+    let options = &config.listeners[0].options;
+    assert!(options.bind_only && options.reuse_port);
+    let own = good(&format!("{STEERED}{SPAWN}"));
+    assert!(!own.pools[0].settings.queues_move && !own.listeners[0].options.bind_only);
+
+    let silent = "[pool.web.spawn]\ncommand = [\"/bin/sh\"]\n";
+    let shared = format!("{STEERED}ports = \"shared\"\n{silent}");
+    assert_eq!(steer_of(&shared).ports, Ports::Shared);
+    let port = format!("{STEERED}ports = \"shared\"\n{SPAWN}");
+    assert_eq!(steer_of(&port).ports, Ports::Shared, "{{port}} is the public one");
+    let own = format!("{STEERED}ports = \"own\"\n{SPAWN}");
+    assert_eq!(steer_of(&own).ports, Ports::Own);
+    let text = format!("{STEERED}ports = \"own\"\n{fd}").replace("\"{fd}\"", "‹\"{fd}\"›");
+    refused(&text, "only with ports = \"shared\"", "remove `ports`");
+    refused(&format!("{STEERED}ports = ‹\"both\"›\n{SPAWN}"), "unknown", "");
+    pool_refused("ports = ‹\"shared\"›", "only a pool with mode", "mode = \"steer\"");
+    let member = "[[pool.web.member]]\naddress = \"127.0.0.1:1\"\ncgroup = \"/sys/fs/x\"\n";
+    let text = format!("{STEERED}ports = ‹\"shared\"›\n{member}");
+    refused(&text, "listens at an address of its own", "remove `ports`");
+
+    let http = "ready_check = ‹\"/health\"›\n";
+    refused(&format!("{STEERED}{fd}{http}"), "cannot be asked by itself", "\"tcp\"");
+    for (key, help) in [("ipv6_only", "[::] is for IPv4, too"), ("free_bind", "must exist")] {
+        let dual = STEERED.replace("127.0.0.1", "[::]");
+        let with = dual.replacen("pool = ", &format!("{key} = ‹true›\npool = "), 1);
+        refused(&format!("{with}{fd}"), "where processes inherit listeners", help);
+    }
+    let more = |n: usize| {
+        let port = 8100 + n;
+        format!("[[listener]]\nname = \"{n}\"\naddress = \"127.0.0.1:{port}\"\npool = \"web\"\n")
+    };
+    let listeners = |count: usize| (0..count).map(more).collect::<String>();
+    good(&format!("{}{STEERED}{fd}", listeners(31)));
+    let many = format!("{}{STEERED}{fd}", listeners(32));
+    refused(&many.replace("[pool.web]", "[pool.‹web›]"), "more than 32 listeners", "{addr}");
+}
+
+#[test]
 fn an_address_of_the_wrong_family_is_refused() {
     let v6 = STEERED.replace("127.0.0.1:8080", "[::1]:8080");
     let text =

@@ -52,7 +52,8 @@ impl PoolMaps {
     /// Takes over the listeners that a process of an earlier dispatcher has.
     pub(super) fn take_listeners(&mut self, pid: i32) -> Result<Inherits, Error> {
         let free = self.free_number()?;
-        let number = self.steering.take_listeners_of(u32::try_from(pid).unwrap_or(0), free)?;
+        let pid = u32::try_from(pid).unwrap_or(0);
+        let number = self.steering.take_listeners_of(pid, &self.cgroup, free)?;
         let address = self.public()?;
         // It has accepted connections before.
         let mut known = Known::new(address);

@@ -53,7 +53,7 @@ pub(super) struct PoolMaps {
     pub(super) spec: PoolSpec,
     pub(super) steering: Steering,
     /// The cgroup of its workers.
-    cgroup: PathBuf,
+    pub(super) cgroup: PathBuf,
     pub(super) slots: BTreeMap<u32, Known>,
     totals: SteerTotals,
     /// The last failures that were reported: of reading and writing, and of comparisons.

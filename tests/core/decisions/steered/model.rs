@@ -200,6 +200,9 @@ impl Model {
             Op::Wait(millis) => self.lab.wait(ms(millis)),
         }
         self.lab.pump();
+        for worker in std::mem::take(&mut self.lab.moves) {
+            self.move_queue(worker);
+        }
         for process in std::mem::take(&mut self.lab.stops) {
             let of = self.process.iter().find(|(_, of)| **of == process).map(|(worker, _)| *worker);
             if let Some(worker) = of {
@@ -210,6 +213,23 @@ impl Model {
             self.lab.core.exited(self.lab.now, process);
             self.lab.pump();
         }
+    }
+
+    /// Another worker gets what waits.
+    fn move_queue(&mut self, from: WorkerId) {
+        let trusted = |worker: &WorkerId| self.lab.state(*worker) == State::Active;
+        let others = self.real.keys().copied().filter(|worker| *worker != from);
+        let Some(to) = others.filter(trusted).min_by_key(|worker| self.real[worker].live) else {
+            return;
+        };
+        let Some(counts) = self.real.get_mut(&from) else { return };
+        let moved = std::mem::take(&mut counts.queued);
+        counts.live -= moved;
+        counts.moved_out += moved;
+        let counts = self.real(to);
+        counts.live += moved;
+        counts.queued += moved;
+        counts.moved_in += moved;
     }
 
     fn syn(&mut self) {
@@ -254,7 +274,7 @@ proptest! {
 
     #[test]
     fn the_core_follows_the_kernel(ops in prop::collection::vec(op(), 1..250)) {
-        let lab = lab_with(|pool| pool.processes = 2);
+        let lab = lab_with(|pool| (pool.processes, pool.queues_move) = (2, true));
         let (real, process) = Default::default();
         let mut model = Model { lab, real, process, established: 0 };
         for op in &ops {
