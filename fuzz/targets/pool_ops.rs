@@ -104,6 +104,7 @@ fn settings(name: &str, processes: u32, bytes: &mut Bytes<'_>) -> PoolSettings {
             ..Supervision::default()
         },
         steered: false,
+        queues_move: false,
     }
 }
 

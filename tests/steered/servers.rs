@@ -39,6 +39,21 @@ fn uvicorn_is_balanced() {
 }
 
 #[test]
+fn uvicorn_with_an_inherited_listener_is_balanced() {
+    let found = std::process::Command::new(PYTHON).args(["-c", "import uvicorn"]).status();
+    if !found.is_ok_and(|status| status.success()) {
+        test_support::skip("uvicorn is not installed");
+        return;
+    }
+    briefly(&catalogue::uvicorn_with_listener(PYTHON));
+}
+
+#[test]
+fn node_with_an_inherited_listener_is_balanced() {
+    briefly(&catalogue::node_with_listener());
+}
+
+#[test]
 fn node_is_balanced() {
     briefly(&catalogue::node());
 }

@@ -16,6 +16,8 @@ pub struct Server {
     pub version: Option<Vec<String>>,
     pub command: Vec<String>,
     pub environment: &'static [(&'static str, &'static str)],
+    /// More keys of the pool.
+    pub pool: &'static str,
     /// Name and text of files that it reads.
     pub files: &'static [(&'static str, &'static str)],
     /// How it gets its address, for the table.
@@ -53,7 +55,8 @@ const NODE: (&str, &str) = (
     r#"
 const server = require("http").createServer((request, answer) => answer.end("ok\n"));
 server.keepAliveTimeout = 600000;
-server.listen({ port: process.env.PORT, host: process.env.HOST });
+if (process.env.LISTEN_FD) server.listen({ fd: Number(process.env.LISTEN_FD) });
+else server.listen({ port: process.env.PORT, host: process.env.HOST });
 "#,
 );
 
@@ -138,6 +141,7 @@ fn plain(name: &'static str, speaks: Speaks, tool: &str, command: &str) -> Serve
         version: Some(vec![tool.to_owned(), "--version".to_owned()]),
         command: words(command),
         environment: &[],
+        pool: "",
         files: &[],
         port: "",
         remarks: "",
@@ -158,6 +162,29 @@ pub fn uvicorn(python: &str, event_loop: &str) -> Server {
         remarks: "keep-alive ends after 5 s by default. `--host ::` sets `IPV6_V6ONLY` (both event \
                   loops): no IPv4 clients",
         ..plain(name, Speaks::Http, python, &command)
+    }
+}
+
+/// uvicorn that inherits its listener.
+pub fn uvicorn_with_listener(python: &str) -> Server {
+    let command = format!(
+        "{python} -m uvicorn app:app --fd {{fd}} --timeout-keep-alive 600 --log-level warning \
+         --no-access-log"
+    );
+    Server {
+        version: Some(words(&format!("{python} -m uvicorn --version"))),
+        files: &[ASGI],
+        port: "`--fd {fd}`",
+        ..plain("uvicorn, shared port", Speaks::Http, python, &command)
+    }
+}
+
+pub fn node_with_listener() -> Server {
+    Server {
+        environment: &[("LISTEN_FD", "{fd}")],
+        files: &[NODE],
+        port: "`server.listen({ fd })`",
+        ..plain("Node http, shared port", Speaks::Http, "node", "node server.js")
     }
 }
 
@@ -253,6 +280,37 @@ pub fn all(environment: &Path) -> Vec<Server> {
                 ),
             )
         },
+        uvicorn_with_listener(&python),
+        Server {
+            files: &[WSGI],
+            pool: "ports = \"shared\"\n",
+            port: "`LISTEN_FDS`",
+            ..plain(
+                "gunicorn, shared port",
+                Speaks::Http,
+                &bin("gunicorn"),
+                &format!(
+                    "{} --workers 1 --worker-class gthread --threads 4 --keep-alive 600 \
+                 --log-level warning --no-control-socket wsgi:app",
+                    bin("gunicorn")
+                ),
+            )
+        },
+        Server {
+            files: &[ASGI],
+            version: Some(vec![python.clone(), "-c".into(), VERSION_OF_HYPERCORN.into()]),
+            port: "`--bind fd://{fd} --workers 1`",
+            ..plain(
+                "hypercorn, shared port",
+                Speaks::HttpUntilAsked,
+                &bin("hypercorn"),
+                &format!(
+                    "{} --bind fd://{{fd}} --workers 1 --keep-alive 600 --log-level warning \
+                 app:app",
+                    bin("hypercorn")
+                ),
+            )
+        },
         Server {
             files: &[ASGI],
             port: "`--host {addr} --port {port} --workers 1`",
@@ -269,6 +327,7 @@ pub fn all(environment: &Path) -> Vec<Server> {
             )
         },
         node(),
+        node_with_listener(),
         Server {
             environment: &[("HOST", "{addr}"), ("PORT", "{port}")],
             files: &[FASTIFY],

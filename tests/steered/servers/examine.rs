@@ -63,6 +63,7 @@ impl Lab<'_> {
     fn start(server: &Server) -> Lab<'_> {
         let pool = "[pool.web]\nmode = \"steer\"\nwait_for_worker = \"5s\"\n\
                     handoff_timeout = \"300ms\"\n";
+        let pool = format!("{pool}{}", server.pool);
         let folder =
             configure(&format!("stop_timeout = \"60s\"\n{}{pool}{}", listener(), server.spawn()));
         for (name, text) in server.files {
@@ -294,7 +295,8 @@ fn signal_tree(root: i32, signal: Signal) {
 }
 
 /// The kernel's own list: connections that each worker has, by its process id, and how many of all
-/// are to its own port. A ready check makes such; a server can keep one for a while.
+/// are not of clients: to its own port, or ended by this side. The dispatcher makes such to see
+/// whether a process accepts; a server can keep one for a while.
 fn sockets(status: &Status) -> (BTreeMap<i32, u64>, u64) {
     let filter = ["-Htnp", "state", "established", "state", "close-wait"];
     let out = Command::new("ss").args(filter).output().unwrap();
@@ -313,7 +315,8 @@ fn sockets(status: &Status) -> (BTreeMap<i32, u64>, u64) {
             *by_process.entry(*worker).or_default() += 1;
             // State, two queues, the local address, that of the client.
             let local = line.split_whitespace().nth(3).unwrap_or_default();
-            direct += u64::from(local != PUBLIC.to_string());
+            let ended = line.starts_with("CLOSE-WAIT");
+            direct += u64::from(ended || local != PUBLIC.to_string());
         }
     }
     (by_process, direct)

@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::time::{Duration, Instant};
@@ -20,7 +19,7 @@ use dispatcher_core::{PoolId, SteerCounts};
 use super::super::peer_thread::Outbox;
 use super::open::open;
 use super::ports::Ports;
-use super::shared::Shared;
+use super::shared::{Inherits, Shared};
 use super::{Adopt, PoolSpec, Public, Slot, SteerCommand, SteerEvent, SteerTotals};
 use crate::background::logger::quoted;
 use crate::background::restart;
@@ -190,7 +189,7 @@ impl SteerThread {
         id: PoolId,
         address: Option<SocketAddr>,
         adopt: Option<Adopt>,
-    ) -> Result<(u32, SocketAddr, Vec<(String, OwnedFd)>), String> {
+    ) -> Result<Inherits, String> {
         if let Some(pool) = self.pools.get_mut(&id).filter(|pool| pool.spec.shared) {
             let prepared = match adopt {
                 Some(Adopt { pid }) => pool.take_listeners(pid),
