@@ -269,14 +269,14 @@ impl Core {
         self.relieve(w);
     }
 
-    /// Has the queue of a worker that is not trusted moved, if a trusted one can take it.
+    /// Has the queue of a worker that is not trusted moved, if trusted ones have room for it.
     fn relieve(&mut self, w: usize) {
         let worker = &self.workers[w];
-        let waits = worker.steered.as_ref().is_some_and(|steered| steered.counts.queued > 0);
+        let waits = worker.steered.as_ref().map_or(0, |steered| steered.counts.queued);
         let distrusted =
             worker.state == State::Suspect || (worker.state == State::Draining && worker.unproven);
         let pool = &self.pools[worker.pool];
-        if !waits || !distrusted || !pool.settings.queues_move {
+        if waits == 0 || !distrusted || !pool.settings.queues_move {
             return;
         }
         let takes = |other: &Worker| {
@@ -286,7 +286,9 @@ impl Core {
                 && !other.unproven
                 && !other.steer_settings().draining
         };
-        if self.workers.iter().any(takes) {
+        let room = |other: &Worker| u64::from(other.max).saturating_sub(other.load());
+        let rooms = self.workers.iter().filter(|other| takes(other)).map(room);
+        if rooms.fold(0, u64::saturating_add) >= waits {
             let worker = worker.id;
             self.effects.push_back(Effect::MoveQueue { worker });
         }

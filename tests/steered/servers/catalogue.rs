@@ -175,6 +175,7 @@ pub fn uvicorn_with_listener(python: &str) -> Server {
         version: Some(words(&format!("{python} -m uvicorn --version"))),
         files: &[ASGI],
         port: "`--fd {fd}`",
+        remarks: "nothing that waits is lost when a process dies or hangs",
         ..plain("uvicorn, shared port", Speaks::Http, python, &command)
     }
 }
@@ -183,7 +184,8 @@ pub fn node_with_listener() -> Server {
     Server {
         environment: &[("LISTEN_FD", "{fd}")],
         files: &[NODE],
-        port: "`server.listen({ fd })`",
+        port: "`environment`: `LISTEN_FD = \"{fd}\"`; `server.listen({ fd })`",
+        remarks: "as above",
         ..plain("Node http, shared port", Speaks::Http, "node", "node server.js")
     }
 }
@@ -284,7 +286,8 @@ pub fn all(environment: &Path) -> Vec<Server> {
         Server {
             files: &[WSGI],
             pool: "ports = \"shared\"\n",
-            port: "`LISTEN_FDS`",
+            port: "`ports = \"shared\"`: it reads `LISTEN_FDS`",
+            remarks: "as above",
             ..plain(
                 "gunicorn, shared port",
                 Speaks::Http,
@@ -300,6 +303,8 @@ pub fn all(environment: &Path) -> Vec<Server> {
             files: &[ASGI],
             version: Some(vec![python.clone(), "-c".into(), VERSION_OF_HYPERCORN.into()]),
             port: "`--bind fd://{fd} --workers 1`",
+            remarks: "as above. It keeps the connection by which the dispatcher sees that it accepts \
+                      until its keep-alive time is over",
             ..plain(
                 "hypercorn, shared port",
                 Speaks::HttpUntilAsked,

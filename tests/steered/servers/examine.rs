@@ -147,7 +147,7 @@ impl Lab<'_> {
         }
         let loads = self.settled();
         let max = *loads.iter().max().unwrap();
-        let mean = self.held.len() as f64 / PROCESSES as f64;
+        let mean = loads.iter().sum::<u64>() as f64 / PROCESSES as f64;
         let evenness = max as f64 / mean;
         // A whole connection more is the least that can be seen at a few hundred.
         assert!(evenness <= 1.01 || (max as f64) < mean + 2.0, "{loads:?}");

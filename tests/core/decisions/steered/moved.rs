@@ -61,6 +61,21 @@ fn a_queue_stays_where_no_other_worker_is_trusted() {
 }
 
 #[test]
+fn a_queue_stays_where_trusted_workers_have_no_room_for_it() {
+    let mut lab = lab_with(|pool| {
+        (pool.queues_move, pool.max_connections_per_worker) = (true, 10);
+    });
+    let other = lab.join();
+    lab.counts(other, counts(8, 8, 0));
+    let hanging = hanging(&mut lab);
+    assert_eq!(lab.state(hanging), State::Suspect);
+    assert!(lab.moves.is_empty(), "three wait, and two have room");
+    lab.counts(other, counts(7, 8, 0));
+    lab.idle(hanging, ms(100));
+    assert_eq!(lab.moves, [hanging]);
+}
+
+#[test]
 fn the_queue_of_a_drained_worker_that_hangs_is_moved() {
     let mut lab = moving();
     lab.join();
