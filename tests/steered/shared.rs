@@ -399,6 +399,40 @@ fn a_process_that_died_meanwhile_is_replaced() {
     wait_loads(&dispatcher, &[0; 3]);
 }
 
+/// Without pins the kernel's hash takes over, and the next dispatcher takes over the listeners.
+#[test]
+fn without_pins_the_hash_of_the_kernel_goes_on() {
+    if !enter() {
+        return;
+    }
+    let config = format!(
+        "steer_pins = false\n{}on_dispatcher_loss = \"serve\"\n",
+        heirs(3, "handoff_timeout = \"60s\"\n")
+    );
+    let folder = configure(&config);
+    let mut dispatcher = Dispatcher::start_in(folder.path());
+    let processes = processes_of(&ready(&dispatcher, 3));
+    assert!(!dispatcher.status().pools[0].steer.as_ref().unwrap().pinned);
+    let before: Vec<TcpStream> = (0..9).map(|_| connect()).collect();
+    dispatcher.process.kill();
+    let mut between: Vec<TcpStream> = (0..200).map(|_| dial()).collect();
+    let mut by_process = std::collections::BTreeMap::new();
+    for client in &mut between {
+        *by_process.entry(answer(client)).or_insert(0) += 1;
+    }
+    assert_eq!(by_process.len(), 3, "{by_process:?}");
+    let mut dispatcher = Dispatcher::start_in(folder.path());
+    let pool = ready(&dispatcher, 3);
+    assert!(processes_of(&pool).iter().all(|pid| processes.contains(pid)));
+    // What came before is not counted; what comes now is exact.
+    let now: Vec<TcpStream> = (0..30).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[10; 3]);
+    drop((before, between, now));
+    wait_loads(&dispatcher, &[0; 3]);
+    assert!(dispatcher.stop().success());
+    assert!(processes.iter().all(|&pid| !is_alive(pid)));
+}
+
 /// A reload cannot change what the processes have inherited; the rest of it can.
 #[test]
 fn a_reload_keeps_the_listeners() {
