@@ -301,23 +301,6 @@ pub fn all(environment: &Path) -> Vec<Server> {
         },
         Server {
             files: &[ASGI],
-            version: Some(vec![python.clone(), "-c".into(), VERSION_OF_HYPERCORN.into()]),
-            port: "`--bind fd://{fd} --workers 1`",
-            remarks: "as above. It keeps the connection by which the dispatcher sees that it accepts \
-                      until its keep-alive time is over",
-            ..plain(
-                "hypercorn, shared port",
-                Speaks::HttpUntilAsked,
-                &bin("hypercorn"),
-                &format!(
-                    "{} --bind fd://{{fd}} --workers 1 --keep-alive 600 --log-level warning \
-                 app:app",
-                    bin("hypercorn")
-                ),
-            )
-        },
-        Server {
-            files: &[ASGI],
             port: "`--host {addr} --port {port} --workers 1`",
             remarks: "a process is a parent with one worker",
             ..plain(
