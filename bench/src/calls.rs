@@ -1,6 +1,7 @@
 //! What the dispatcher and its programs in the kernel do during a load: system calls as strace
 //! counts them, and runs of BPF programs as the kernel counts them.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -108,7 +109,7 @@ impl Calls {
         }
         for end in &after {
             let name = match end.kind.as_str() {
-                "sk_lookup" => "lookup",
+                "sk_lookup" | "sk_reuseport" => "lookup",
                 "sock_ops" => "events",
                 _ => continue,
             };
@@ -149,20 +150,20 @@ fn total(summary: &str) -> u64 {
     summary.lines().filter_map(calls).sum()
 }
 
-/// The programs that the links of a process run; none without bpftool.
+/// The programs that a process has, or its links run; none without bpftool.
 fn runs(pid: i32) -> Vec<Runs> {
     let entries = fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
     let infos = entries.filter_map(|entry| fs::read_to_string(entry.path()).ok());
-    let ids = infos.filter_map(|info| program(&info));
+    let ids: BTreeSet<u32> = infos.filter_map(|info| program(&info)).collect();
     let show = |id: u32| {
         let mut bpftool = Command::new("bpftool");
         let out = bpftool.args(["--json", "prog", "show", "id", &id.to_string()]).output().ok()?;
         serde_json::from_slice(&out.stdout).ok()
     };
-    ids.filter_map(show).collect()
+    ids.into_iter().filter_map(show).collect()
 }
 
-/// The id of the program in the fdinfo of a link.
+/// The id of the program in the fdinfo of a program or of a link.
 fn program(fdinfo: &str) -> Option<u32> {
     fdinfo.lines().find_map(|line| line.strip_prefix("prog_id:"))?.trim().parse().ok()
 }

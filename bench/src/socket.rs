@@ -4,7 +4,7 @@
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType,
@@ -43,6 +43,16 @@ pub fn free_addresses(count: u16) -> io::Result<Vec<SocketAddr>> {
 /// The descriptor that the parent put in place of standard input.
 pub fn from_stdin() -> io::Result<OwnedFd> {
     Ok(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?)
+}
+
+/// A listener that this process has inherited, at this descriptor, with the options of [`listen`].
+pub fn inherited(descriptor: i32) -> io::Result<TcpListener> {
+    let listeners = worker_sdk::inherited_listeners()?;
+    let mut found = listeners.into_iter().filter(|it| it.as_raw_fd() == descriptor);
+    let missing = || io::Error::other(format!("descriptor {descriptor} is not inherited"));
+    let listener = found.next().ok_or_else(missing)?;
+    sockopt::set_tcp_nodelay(&listener, true)?;
+    Ok(listener)
 }
 
 /// Receives one record with one descriptor; `None` if there is none or the peer has closed.

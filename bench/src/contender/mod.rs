@@ -30,13 +30,22 @@ pub enum How {
     /// With `busy_poll`.
     Busy,
     /// With `mode = "steer"`: the kernel chooses among workers that listen.
-    Steered,
+    Steered(Ports),
     ReusePort,
     Shared,
     Bare,
     HaProxy,
     Nginx,
     Node,
+}
+
+/// The listeners of steered workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ports {
+    /// Each worker opens one at a port of its own.
+    Own,
+    /// Each worker inherits one of the public port.
+    Shared,
 }
 
 /// A way, with a kind of worker.
@@ -88,7 +97,8 @@ impl Contender {
         let how = match self.how {
             How::Dispatcher => "dispatcher",
             How::Busy => "dispatcher busy_poll",
-            How::Steered => "dispatcher steer",
+            How::Steered(Ports::Own) => "dispatcher steer own port",
+            How::Steered(Ports::Shared) => "dispatcher steer shared port",
             How::ReusePort => "SO_REUSEPORT",
             How::Shared => "shared accept",
             How::Bare => "bare loop",
@@ -103,8 +113,8 @@ impl Contender {
     pub fn missing(self, dispatcher: &Path) -> Option<String> {
         let program = match self.how {
             How::Dispatcher | How::Busy if dispatcher.is_file() => return None,
-            How::Steered if dispatcher.is_file() => return steered::missing(dispatcher),
-            How::Dispatcher | How::Busy | How::Steered => {
+            How::Steered(_) if dispatcher.is_file() => return steered::missing(dispatcher),
+            How::Dispatcher | How::Busy | How::Steered(_) => {
                 return Some(format!(
                     "{} is not built; run: cargo build --release -p dispatcher",
                     dispatcher.display()
@@ -134,7 +144,9 @@ impl Contender {
         match self.how {
             How::Dispatcher => ours::dispatcher(&mut running, self.kind, setup, dispatcher, false),
             How::Busy => ours::dispatcher(&mut running, self.kind, setup, dispatcher, true),
-            How::Steered => steered::dispatcher(&mut running, self.kind, setup, dispatcher),
+            How::Steered(ports) => {
+                steered::dispatcher(&mut running, self.kind, setup, dispatcher, ports)
+            }
             How::ReusePort => ours::reuse_port(&mut running, self.kind, setup),
             How::Shared => ours::shared(&mut running, self.kind, setup),
             How::Bare => ours::bare(&mut running, self.kind, setup),
@@ -151,7 +163,7 @@ impl Contender {
     pub fn decision(self, running: &Running) -> io::Result<Option<f64>> {
         match self.how {
             How::Dispatcher | How::Busy => ours::decision(running),
-            How::Steered
+            How::Steered(_)
             | How::ReusePort
             | How::Shared
             | How::Bare

@@ -1,12 +1,12 @@
 //! The dispatcher with `mode = "steer"`: it starts the workers, each listens at an address of its
-//! own, and the kernel chooses among them.
+//! own or inherits a listener of the public one, and the kernel chooses among them.
 
 use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::{PATIENCE, Running, Setup, ours, ourselves};
+use super::{PATIENCE, Ports, Running, Setup, ours, ourselves};
 use serde_json::Value;
 
 use crate::cgroup::Cgroup;
@@ -30,14 +30,19 @@ pub(super) fn dispatcher(
     kind: Kind,
     setup: &Setup,
     binary: &Path,
+    ports: Ports,
 ) -> io::Result<()> {
     let address = socket::free_address()?;
     running.addresses.push(address);
     let itself = std::env::current_exe()?.to_string_lossy().into_owned();
     // The server is the one of the other contenders: it knows nothing of the dispatcher.
     let mut command = vec![itself];
-    command.extend(ours::worker_args(kind, "reuse-port", setup));
-    command.extend(["--listen", "{addr}:{port}", "0"].map(str::to_owned));
+    let (source, argument, place) = match ports {
+        Ports::Own => ("reuse-port", "--listen", "{addr}:{port}"),
+        Ports::Shared => ("inherited", "--descriptor", "{fd}"),
+    };
+    command.extend(ours::worker_args(kind, source, setup));
+    command.extend([argument, place, "0"].map(str::to_owned));
     let config = format!(
         "dispatch_socket = {:?}\nadmin_socket = {:?}\n\
          [[listener]]\nname = \"web\"\naddress = \"{address}\"\npool = \"web\"\n\

@@ -1,11 +1,11 @@
-//! Steering: short connections to workers that listen themselves, chosen by the kernel, by its hash
-//! or by a proxy; and what the dispatcher does meanwhile.
+//! Steering: short connections to workers with listeners, chosen by the dispatcher's programs in the
+//! kernel, by the kernel's hash or by a proxy; and what the dispatcher does meanwhile.
 
 use std::time::Duration;
 
 use super::{Case, Column, Plan, Variant, column};
 use crate::calls;
-use crate::contender::{Contender, How, Setup};
+use crate::contender::{Contender, How, Ports, Setup};
 use crate::load::Job;
 use crate::worker::{Kind, Serve};
 
@@ -24,12 +24,14 @@ const COLUMNS: [Column; 6] = [
 /// All workers serve until the client ends the connection, so that it counts as live until then.
 const SERVE: Serve = Serve::Hold;
 
+const STEERED: [How; 2] = [How::Steered(Ports::Own), How::Steered(Ports::Shared)];
+
 pub(super) fn cases(plan: &Plan) -> Vec<Case> {
-    let all =
-        [How::ReusePort, How::Steered, How::Dispatcher, How::Shared, How::HaProxy, How::Nginx];
+    let [own, shared] = STEERED;
+    let all = [How::ReusePort, own, shared, How::Dispatcher, How::Shared, How::HaProxy, How::Nginx];
     let mut cases = vec![rate(plan, 16, 2, &all), rate(plan, 256, 2, &all)];
     let many: &[u16] = if plan.quick { &[64] } else { &[1, 64, 256] };
-    cases.extend(many.iter().map(|&workers| rate(plan, 16, workers, &all[..2])));
+    cases.extend(many.iter().map(|&workers| rate(plan, 16, workers, &all[..3])));
     cases.push(calls(plan));
     cases
 }
@@ -65,12 +67,13 @@ fn calls(plan: &Plan) -> Case {
     } else {
         &[(2, 0), (2, 1), (2, 16), (2, 256), (1, 16), (64, 16), (256, 16)]
     };
-    let variant = |&(workers, clients): &(u16, usize)| {
+    let variant = |how: How, &(workers, clients): &(u16, usize)| {
         let mut setup = Setup::new(SERVE, workers);
         setup.count_calls = true;
+        let contender = Contender::new(how, Kind::Mio);
         Variant {
-            label: format!("workers {workers}, clients {clients}"),
-            contender: Contender::new(How::Steered, Kind::Mio),
+            label: format!("{}, workers {workers}, clients {clients}", contender.name()),
+            contender,
             setup,
             job: job(plan, clients),
             excuse: calls::missing(),
@@ -88,6 +91,9 @@ fn calls(plan: &Plan) -> Case {
             column("events_ns", "count ns", 0),
             column("events_runs", "counts/conn", 2),
         ],
-        variants: loads.iter().map(variant).collect(),
+        variants: STEERED
+            .iter()
+            .flat_map(|&how| loads.iter().map(move |load| variant(how, load)))
+            .collect(),
     }
 }

@@ -26,8 +26,9 @@ impl Acceptor {
             Source::Sdk => {
                 Acceptor::Sdk(Worker::connect(args.config(0)).map_err(io::Error::other)?)
             }
-            Source::ReusePort => Acceptor::Listener(socket::listen(args.address()?, true)?),
-            Source::Shared => Acceptor::Listener(socket::from_stdin()?.into()),
+            Source::ReusePort | Source::Shared | Source::Inherited => {
+                Acceptor::Listener(args.listener()?)
+            }
             Source::Passed => Acceptor::Passed(socket::from_stdin()?),
         })
     }

@@ -31,17 +31,16 @@ struct Client {
 
 impl Acceptor {
     fn new(args: &WorkerArgs, number: u16) -> io::Result<Acceptor> {
-        let listener = |listener: std::net::TcpListener| {
-            listener.set_nonblocking(true)?;
-            Ok(Acceptor::Listener(TcpListener::from_std(listener)))
-        };
         match args.source {
             Source::Sdk => {
                 let worker = MioWorker::new(args.config(number)).map_err(io::Error::other)?;
                 Ok(Acceptor::Sdk(worker))
             }
-            Source::ReusePort => listener(socket::listen(args.address()?, true)?),
-            Source::Shared => listener(socket::from_stdin()?.into()),
+            Source::ReusePort | Source::Shared | Source::Inherited => {
+                let listener = args.listener()?;
+                listener.set_nonblocking(true)?;
+                Ok(Acceptor::Listener(TcpListener::from_std(listener)))
+            }
             Source::Passed => Ok(Acceptor::Passed(socket::from_stdin()?)),
         }
     }

@@ -1,4 +1,4 @@
-//! The server process of every contender: one server, three ways to wait, four sources of
+//! The server process of every contender: one server, three ways to wait, five sources of
 //! connections.
 
 mod blocking;
@@ -6,13 +6,13 @@ mod mio;
 mod tokio;
 
 use std::io::{self, Write};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 
 use clap::ValueEnum;
 use worker_sdk::WorkerConfig;
 
-use crate::machine;
+use crate::{machine, socket};
 
 /// Bytes of one answer of the bulk server.
 pub const CHUNK: usize = 64 * 1024;
@@ -44,6 +44,8 @@ pub enum Source {
     ReusePort,
     /// A listener that several processes share; standard input.
     Shared,
+    /// A listener of its own that another process has opened.
+    Inherited,
     /// The bare accept-and-pass loop; standard input.
     Passed,
 }
@@ -108,6 +110,9 @@ pub struct WorkerArgs {
     /// For `reuse-port`.
     #[arg(long)]
     pub listen: Option<SocketAddr>,
+    /// For `inherited`.
+    #[arg(long)]
+    pub descriptor: Option<i32>,
     /// For `sdk`.
     #[arg(long)]
     pub socket: Option<PathBuf>,
@@ -137,8 +142,21 @@ impl WorkerArgs {
         WorkerConfig::new().dispatch_socket(socket).pool("web").name(name).join_timeout(patience)
     }
 
-    fn address(&self) -> io::Result<SocketAddr> {
-        self.listen.ok_or_else(|| io::Error::other("--listen is missing"))
+    /// The listener, for the sources that have one.
+    fn listener(&self) -> io::Result<TcpListener> {
+        match self.source {
+            Source::ReusePort => {
+                let address = self.listen.ok_or_else(|| io::Error::other("--listen is missing"))?;
+                socket::listen(address, true)
+            }
+            Source::Inherited => {
+                let number = self.descriptor;
+                let number = number.ok_or_else(|| io::Error::other("--descriptor is missing"))?;
+                socket::inherited(number)
+            }
+            Source::Shared => Ok(socket::from_stdin()?.into()),
+            Source::Sdk | Source::Passed => Err(io::Error::other("this source has no listener")),
+        }
     }
 
     fn round(&self) -> std::time::Duration {
@@ -170,7 +188,7 @@ pub fn run(args: &WorkerArgs) -> io::Result<()> {
 fn stuck(args: &WorkerArgs) -> io::Result<()> {
     let _there = match args.source {
         Source::Sdk => Some(worker_sdk::Worker::connect(args.config(0)).map_err(io::Error::other)?),
-        Source::ReusePort | Source::Shared | Source::Passed => None,
+        Source::ReusePort | Source::Shared | Source::Inherited | Source::Passed => None,
     };
     ready()?;
     loop {

@@ -7,7 +7,6 @@ use tokio::net::TcpListener;
 use worker_sdk::tokio::Listener;
 
 use super::{CHUNK, Serve, Source, WorkerArgs};
-use crate::socket;
 
 /// Busy tasks of a slow worker.
 const BUSY: u32 = 4;
@@ -36,11 +35,8 @@ pub(super) fn run(args: &WorkerArgs) -> io::Result<()> {
                     start(connection, args);
                 }
             }
-            Source::ReusePort | Source::Shared => {
-                let listener = match args.source {
-                    Source::Shared => socket::from_stdin()?.into(),
-                    _ => socket::listen(args.address()?, true)?,
-                };
+            Source::ReusePort | Source::Shared | Source::Inherited => {
+                let listener = args.listener()?;
                 listener.set_nonblocking(true)?;
                 let listener = TcpListener::from_std(listener)?;
                 super::ready()?;
