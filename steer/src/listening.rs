@@ -1,5 +1,5 @@
-//! The listening TCP sockets of this network namespace, as the kernel lists them. No privilege is
-//! needed.
+//! The listening and the connected TCP sockets of this network namespace, as the kernel lists them.
+//! No privilege is needed.
 
 use std::io;
 use std::net::SocketAddr;
@@ -41,6 +41,34 @@ pub fn list() -> io::Result<Vec<Listening>> {
     Ok(found)
 }
 
+/// A connected socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connected {
+    /// Its own address; IPv4-mapped ones as IPv4.
+    pub local: SocketAddr,
+    /// Its inode, as in `/proc/PID/fd`; 0 as long as no process has accepted it.
+    pub inode: u32,
+    /// Its number that no other socket of this machine ever has (`SO_COOKIE`).
+    pub cookie: u64,
+}
+
+/// Every connected TCP socket at one of these ports, IPv4 and IPv6. One that the client has closed
+/// and its process has not is among them.
+///
+/// # Errors
+///
+/// The kernel does not answer.
+pub fn connected(at: impl Fn(u16) -> bool) -> io::Result<Vec<Connected>> {
+    let mut found = Vec::new();
+    sockets::read(None, sockets::CONNECTED, &mut |socket| {
+        if at(socket.local.port()) {
+            let local = SocketAddr::new(socket.local.ip().to_canonical(), socket.local.port());
+            found.push(Connected { local, inode: socket.inode, cookie: socket.cookie });
+        }
+    })?;
+    Ok(found)
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::{TcpListener, TcpStream};
@@ -61,5 +89,20 @@ mod tests {
             drop(listener);
             assert_eq!(of(list().expect("a list")), None);
         }
+    }
+
+    #[test]
+    fn connections_are_listed_with_what_accepted_them() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        let address = listener.local_addr().expect("bound");
+        let clients: Vec<_> = (0..3).map(|_| TcpStream::connect(address)).collect();
+        assert!(clients.iter().all(Result::is_ok));
+        let (accepted, _) = listener.accept().expect("a connection");
+        let found = connected(|port| port == address.port()).expect("a list");
+        assert_eq!(found.len(), 3, "{found:?}");
+        assert!(found.iter().all(|it| it.local == address));
+        assert_eq!(found.iter().filter(|it| it.inode == 0).count(), 2, "{found:?}");
+        drop(accepted);
+        assert_eq!(connected(|port| port == 0).expect("a list"), []);
     }
 }

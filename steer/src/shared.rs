@@ -21,12 +21,14 @@ use crate::{attach, sys};
 
 mod group;
 mod maps;
+mod plain;
 mod probe;
 
 use group::{Group, Listener};
 pub use maps::Moves;
 use maps::{Chooser, MAX_GROUPS};
 pub(crate) use maps::{SharedMaps, SharedSettings, load_programs};
+pub use plain::PlainListener;
 pub use probe::{Probe, Probed};
 
 /// What a pool with shared ports has more than others.

@@ -8,7 +8,7 @@ use test_support::{Dispatcher, configure, dispatcher_bin, wait_until, write_conf
 use crate::place::*;
 
 /// Runs a program as root without capabilities for the kernel's programs.
-fn without_capabilities() -> Command {
+pub fn without_capabilities() -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--bounding-set=-bpf,-net_admin,-sys_admin", "--inh-caps=-all"]);
     command.arg(dispatcher_bin());

@@ -42,11 +42,11 @@ while True:
 "#;
 
 /// The configuration of a pool `web` at [`PUBLIC`] with so many heirs.
-fn heirs(processes: u32, more: &str) -> String {
+pub fn heirs(processes: u32, more: &str) -> String {
     heirs_with(processes, more, &[])
 }
 
-fn heirs_with(processes: u32, more: &str, arguments: &[&str]) -> String {
+pub fn heirs_with(processes: u32, more: &str, arguments: &[&str]) -> String {
     let pool = format!("[pool.web]\nmode = \"steer\"\nwait_for_worker = \"5s\"\n{more}");
     let program = HEIR.replace('{', "{{").replace('}', "}}");
     let words = ["python3", "-c", &program, "{fd}"];
@@ -60,14 +60,14 @@ fn heirs_with(processes: u32, more: &str, arguments: &[&str]) -> String {
 }
 
 /// Connects without waiting for an answer.
-fn dial() -> TcpStream {
+pub fn dial() -> TcpStream {
     let stream = TcpStream::connect_timeout(&PUBLIC, PATIENCE).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream
 }
 
 /// The process that has answered.
-fn answer(client: &mut TcpStream) -> i32 {
+pub fn answer(client: &mut TcpStream) -> i32 {
     let mut text = String::new();
     while !text.ends_with('\n') {
         let mut byte = [0];
@@ -77,7 +77,7 @@ fn answer(client: &mut TcpStream) -> i32 {
     text.trim().strip_prefix("hello ").unwrap().parse().unwrap()
 }
 
-fn signal(pid: i32, signal: Signal) {
+pub fn signal(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).unwrap();
     if signal == Signal::SIGSTOP {
         wait_until("the process to stop", || {
@@ -87,7 +87,7 @@ fn signal(pid: i32, signal: Signal) {
     }
 }
 
-fn pid_of(dispatcher: &Dispatcher, name: &str) -> i32 {
+pub fn pid_of(dispatcher: &Dispatcher, name: &str) -> i32 {
     let status = dispatcher.status();
     status.pools[0].workers.iter().find(|worker| worker.name == name).unwrap().pid
 }
@@ -258,7 +258,7 @@ fn processes_come_and_go_without_losing_a_client() {
     assert!(TcpStream::connect(PUBLIC).is_err());
 }
 
-fn descriptors_of(dispatcher: &Dispatcher) -> usize {
+pub fn descriptors_of(dispatcher: &Dispatcher) -> usize {
     std::fs::read_dir(format!("/proc/{}/fd", dispatcher.process.pid())).unwrap().count()
 }
 
@@ -460,7 +460,7 @@ fn a_reload_keeps_the_listeners() {
 }
 
 /// What a command says that fails.
-fn refused(dispatcher: &Dispatcher, arguments: &[&str]) -> String {
+pub fn refused(dispatcher: &Dispatcher, arguments: &[&str]) -> String {
     let out = std::process::Command::new(test_support::dispatcher_bin())
         .args(arguments)
         .arg("--admin")

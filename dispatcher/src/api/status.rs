@@ -379,13 +379,20 @@ impl WorkerStatus {
         if self.pid == 0 { "-".to_owned() } else { self.pid.to_string() }
     }
 
+    /// The load, or `?` if it is not known.
+    pub fn shown_load(&self) -> String {
+        let unknown = self.steer.as_ref().is_some_and(|steer| steer.not_counted.is_some());
+        if unknown { "?".to_owned() } else { self.load.to_string() }
+    }
+
     /// The state, with `line` for a worker of the line protocol, and `steered` for one whose
-    /// connections the kernel chooses.
+    /// connections the kernel chooses, or `hashed` if its hash does.
     pub fn shown_kind(&self) -> String {
         let state = self.shown_state();
         match (&self.line, &self.steer) {
             (Some(_), _) => format!("{state} line"),
             (_, Some(steer)) if steer.problem.is_some() => format!("{state} not steered"),
+            (_, Some(steer)) if steer.hashed => format!("{state} hashed"),
             (_, Some(_)) => format!("{state} steered"),
             (None, None) => state.to_owned(),
         }

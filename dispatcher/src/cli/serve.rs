@@ -15,15 +15,18 @@ use crate::config::{Config, ConfigError, Diagnostic, has_placeholder};
 use crate::plural::count;
 
 pub(super) const EXAMPLES: &str = "\
-COMMAND is a server that listens by itself. Each process gets an address of its own as {addr} and {port}; the kernel sends
-each new connection at --listen to the process with the fewest connections. That needs CAP_BPF and CAP_NET_ADMIN: without
-them the command says how to grant them, and ends with exit code 69. `dispatcher doctor` lists what a machine needs.
+COMMAND is a server that listens by itself. Each process gets an address of its own as {addr} and {port}, or inherits a
+listener, {fd} (also LISTEN_FDS); the kernel sends each new connection at --listen to the process with the fewest connections.
+That needs CAP_BPF and CAP_NET_ADMIN: without them the command says how to grant them. Servers with {fd} start nevertheless:
+the kernel's hash spreads connections over them, unevenly. Others end with exit code 69. `dispatcher doctor` lists what a
+machine needs.
 
 Ctrl-C and SIGTERM stop the processes; SIGHUP replaces them one after the other. A process that ends is started again.
 
 Examples:
   dispatcher serve -- uvicorn app:app --host {addr} --port {port}
   dispatcher serve --listen 0.0.0.0:8000 --workers 4 -- uvicorn app:app --host {addr} --port {port}
+  dispatcher serve -- uvicorn app:app --fd {fd}
   dispatcher serve -- gunicorn app:app --bind {addr}:{port}
   dispatcher serve --listen 0.0.0.0:3000 -- env HOST={addr} PORT={port} node server.js
   dispatcher serve --print-config -- redis-server --bind {addr} --port {port} > dispatcher.toml";
@@ -54,7 +57,7 @@ pub(super) struct ServeArgs {
     /// Print the configuration for which this command stands, and end.
     #[arg(long)]
     print_config: bool,
-    /// The program and its arguments, with {addr} and {port}.
+    /// The program and its arguments, with {addr} and {port}, or {fd}.
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
@@ -66,16 +69,16 @@ pub(super) fn serve(arguments: &ServeArgs) -> Result<(), Failure> {
         parsed(&text)?;
         return print(&text);
     }
-    match wants {
-        Wants::Address => steering::possible()?,
-        Wants::Listener => {
-            return Err(Failure::new(
-                Exit::Unavailable,
-                "this version passes no listener to processes, so {fd} has no value\n\
-                 help: if the server can listen by itself, use {addr} and {port}",
-            ));
+    let steers = match (steering::possible(), wants) {
+        (Ok(()), _) => true,
+        (Err(missing), Wants::Address) => return Err(missing),
+        // The kernel can always spread connections over listeners of one port.
+        (Err(missing), Wants::Listener) if cfg!(feature = "steer") => {
+            print_error(&missing.message);
+            false
         }
-    }
+        (Err(missing), Wants::Listener) => return Err(missing),
+    };
     let directory = Directory::new("serve").map_err(|error| {
         Failure::new(Exit::CantCreate, format!("the temporary directory: {error}"))
     })?;
@@ -85,10 +88,15 @@ pub(super) fn serve(arguments: &ServeArgs) -> Result<(), Failure> {
     let (pool, workers) = (arguments.pool(), arguments.workers());
     run::serve(config, |addresses| {
         let processes = count(u64::from(workers), "process");
-        print_error(&format!(
-            "steering: the kernel chooses among {processes} for each connection; \
-             this program is not in its path"
-        ));
+        print_error(&match steers {
+            true => format!(
+                "steering: the kernel chooses among {processes} for each connection; \
+                 this program is not in its path"
+            ),
+            false => format!(
+                "starting on the kernel's hash: it spreads connections over {processes}, unevenly"
+            ),
+        });
         // It serves even if stdout is closed.
         let _ = print(&what_to_try(addresses, &pool, &admin));
     })
@@ -129,7 +137,8 @@ impl ServeArgs {
                         "the processes would not know where to listen: no {{port}} in the command\n\
                          help: write {{addr}} and {{port}} where the server reads its address, such as\n  \
                          dispatcher serve -- {program} --host {{addr}} --port {{port}}\n  \
-                         dispatcher serve -- env HOST={{addr}} PORT={{port}} {program}"
+                         dispatcher serve -- env HOST={{addr}} PORT={{port}} {program}\n  \
+                         dispatcher serve -- {program} --fd {{fd}}, if it can inherit a listener"
                     ),
                 ))
             }
@@ -179,6 +188,10 @@ impl ServeArgs {
             text.push('\n');
         }
         let _ = writeln!(text, "[pool.{pool}]\nmode = \"steer\"");
+        // Where the kernel's programs cannot be loaded.
+        if matches!(self.wants(), Ok(Wants::Listener)) {
+            text.push_str("fallback = \"hash\"\n");
+        }
         if let Some(policy) = &self.policy {
             let _ = writeln!(text, "policy = {}", toml_string(policy));
         }
@@ -396,6 +409,17 @@ mod tests {
         let config = parsed(&printed).expect("it is valid");
         let usual = crate::config::DEFAULT_ADMIN_SOCKET;
         assert_eq!(config.admin_socket.source, crate::config::UnixSource::Path(usual.into()));
+    }
+
+    #[cfg(feature = "steer")]
+    #[test]
+    fn servers_that_inherit_a_listener_can_do_without_steering() {
+        use crate::config::Fallback;
+        for (word, fallback) in [("{fd}", Some(Fallback::Hash)), ("{port}", None)] {
+            let config = parsed(&line(&["--", "/bin/sh", word]).configuration(None));
+            let pool = &config.expect("it is valid").pools[0];
+            assert_eq!(pool.steer.as_ref().and_then(|it| it.fallback), fallback);
+        }
     }
 
     #[cfg(feature = "steer")]

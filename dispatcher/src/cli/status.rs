@@ -202,7 +202,7 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
                 worker.id.to_string(),
                 worker.shown_pid(),
                 worker.weight.to_string(),
-                worker.load.to_string(),
+                worker.shown_load(),
                 worker.max_connections.to_string(),
                 worker.sent.to_string(),
                 worker.taken.to_string(),
@@ -225,6 +225,16 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
 /// What the kernel says of a steered pool.
 fn steering(pool: &PoolStatus) -> Vec<String> {
     let (name, Some(steer)) = (&pool.name, &pool.steer) else { return Vec::new() };
+    if let Some(error) = &steer.hashed {
+        let mut lines = vec![format!("steering of {name}: {}: {error}", steer.state())];
+        let workers = pool.workers.iter();
+        lines.extend(workers.filter_map(|worker| {
+            let why = worker.steer.as_ref()?.not_counted.as_ref()?;
+            Some(format!("not counted: {name}/{}: {why}", worker.name))
+        }));
+        lines.extend(steer.error.iter().map(|it| format!("steering of {name} fails: {it}")));
+        return lines;
+    }
     let mut parts = vec![
         steer.state().to_owned(),
         format!("{} chosen", count(steer.chosen, "connection")),

@@ -346,4 +346,22 @@ fn steered_pools_in_the_table() {
     }
     steer.attached = false;
     assert!(shown(&steer).contains("steering of web: not attached, "));
+    steer.hashed = Some("CAP_BPF is missing".to_owned());
+    let mut unknown = worker("a", 7, None);
+    if let Some(steer) = &mut unknown.steer {
+        (steer.hashed, steer.not_counted) = (true, Some("EACCES".to_owned()));
+    }
+    assert_eq!(
+        (unknown.shown_kind().as_str(), unknown.shown_load().as_str()),
+        ("active hashed", "?")
+    );
+    let pool = PoolStatus {
+        name: "web".to_owned(),
+        steer: Some(steer),
+        workers: vec![unknown],
+        ..PoolStatus::default()
+    };
+    let text = status::table(&Status { pools: vec![pool], ..Status::default() }, 5, 200);
+    assert!(text.contains("steering of web: by the kernel's hash: CAP_BPF is missing\n"), "{text}");
+    assert!(text.contains("not counted: web/a: EACCES\n"), "{text}");
 }

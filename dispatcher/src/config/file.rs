@@ -12,7 +12,7 @@ use super::affinity::AffinityKeys;
 use super::relay::DirectoryKey;
 use super::scores::ScoreKeys;
 use super::spawn::{AJitter, ASurge};
-use super::steer::{FallbackName, MemberKeys, ModeName, PinsKey, PortsName};
+use super::steer::{Fallback, MemberKeys, ModeName, PinsKey, PortsName};
 use super::value::{
     ACount, AMask, AMode, ASize, AnAccount, Count, Either, KERNEL_SECONDS, SECOND, Wait, Whole,
     YEAR,
@@ -153,7 +153,7 @@ pub(super) struct PolicyKey(#[serde(with = "PolicyName")] pub Policy);
 pub(super) struct PoolKeys {
     pub policy: Option<Spanned<PolicyKey>>,
     pub mode: Option<Spanned<ModeName>>,
-    pub fallback: Option<Spanned<FallbackName>>,
+    pub fallback: Option<Spanned<Fallback>>,
     pub ports: Option<Spanned<PortsName>>,
     #[serde(default)]
     pub member: Vec<Spanned<MemberKeys>>,

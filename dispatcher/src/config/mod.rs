@@ -42,7 +42,7 @@ pub use line::LineSocket;
 pub use process_setup::{Account, Limit, Output, ProcessLimits, ProcessSetup, UNLIMITED};
 pub use relay::{RelayDirectory, RelaySettings};
 pub use spawn::{NOT_INHERITED, Place, depends_on_process, expand, has_placeholder, literal};
-pub use steer::{MAX_STEERED_WORKERS, Member, Ports, Steer};
+pub use steer::{Fallback, MAX_STEERED_WORKERS, Member, Ports, Steer};
 
 use serde::{Deserialize, Serialize};
 

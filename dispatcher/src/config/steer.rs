@@ -39,9 +39,26 @@ pub struct Steer {
     pub ports: Ports,
     /// The address of the processes, `{addr}`.
     pub address: IpAddr,
-    /// `fallback = "pass"`: where the kernel cannot choose, connections are passed to workers with
-    /// the SDK.
-    pub fallback: bool,
+    /// What becomes of the pool where the kernel's programs cannot be loaded. `None`: the dispatcher
+    /// does not start.
+    pub fallback: Option<Fallback>,
+}
+
+impl Steer {
+    /// Whether connections are passed where the kernel cannot choose.
+    pub fn passes(&self) -> bool {
+        self.fallback == Some(Fallback::Pass)
+    }
+}
+
+/// Another way where the kernel's programs cannot be loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fallback {
+    /// Connections are passed to workers with the SDK.
+    Pass,
+    /// The kernel's own hash chooses among inherited listeners.
+    Hash,
 }
 
 /// Where the processes of a steered pool listen.
@@ -82,13 +99,6 @@ pub(super) enum ModeName {
 pub(super) enum PortsName {
     Own,
     Shared,
-}
-
-/// The value of `fallback`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(super) enum FallbackName {
-    Pass,
 }
 
 /// `[[pool.NAME.member]]`.
@@ -240,7 +250,11 @@ pub(super) fn steer(
             );
         }
     }
-    let fallback = keys.fallback.is_some() || defaults.fallback.is_some();
+    let fallback = keys.fallback.as_ref().or(defaults.fallback.as_ref());
+    if let Some(fallback) = fallback {
+        shared::check_fallback(check, fallback, ports);
+    }
+    let fallback = fallback.map(|key| *key.get_ref());
     // Its listeners decide on the address; see `check_steered`.
     Some(Steer { members, ports, address: Ipv4Addr::LOCALHOST.into(), fallback })
 }

@@ -25,14 +25,14 @@ impl EventLoop {
             }
             Command::Drain { target, deadline, announce: _ } => {
                 let deadline = deadline.map(|wait| self.now + wait);
-                let workers = self.targets(&target)?;
+                let workers = self.steerable(&target, "drain")?;
                 for &worker in &workers {
                     self.core.drain_worker(self.now, worker, deadline);
                 }
                 Ok(self.workers_changed(&workers))
             }
             Command::Weight { target, weight } => {
-                let workers = self.targets(&target)?;
+                let workers = self.steerable(&target, "weight")?;
                 for &worker in &workers {
                     self.core.set_weight(self.now, worker, weight);
                 }
@@ -53,7 +53,7 @@ impl EventLoop {
                     return Err(CommandError::new(Problem::Conflict, message)
                         .hint("dispatcher resume --all"));
                 }
-                let workers = self.targets(&target)?;
+                let workers = self.steerable(&target, "resume")?;
                 for &worker in &workers {
                     let resumed = self.core.resume_worker(self.now, worker);
                     // With several workers, those that can resume do; with one worker, the operator
@@ -214,6 +214,7 @@ impl EventLoop {
         peer: ClientAddr,
     ) -> Result<RawExplanation, CommandError> {
         let id = self.pool_called(pool)?;
+        self.is_obeyed(id, "explain")?;
         let unknown = || unknown_pool(pool, self.core.pool_names());
         Ok(RawExplanation {
             policy: self.core.pool_settings(id).map_or("", |settings| settings.policy.name()),
@@ -247,6 +248,29 @@ impl EventLoop {
                 Ok(self.core.workers().filter(|worker| worker.serial == serial).collect())
             }
         }
+    }
+
+    /// The workers of a command about new connections.
+    fn steerable(&self, target: &Target, what: &str) -> Result<Vec<WorkerId>, CommandError> {
+        let workers = self.targets(target)?;
+        if let Target::Pool(name) = target {
+            self.is_obeyed(self.pool_called(name)?, what)?;
+        }
+        let pools = workers.iter().filter_map(|&worker| self.core.pool_of_worker(worker));
+        pools.map(|pool| self.is_obeyed(pool, what)).collect::<Result<(), _>>()?;
+        Ok(workers)
+    }
+
+    /// Refuses a command where the kernel's own hash chooses.
+    fn is_obeyed(&self, pool: PoolId, what: &str) -> Result<(), CommandError> {
+        let Some(error) = self.steers.hashed(pool) else { return Ok(()) };
+        let name = self.core.pool_name(pool);
+        let message = format!(
+            "{what} is not possible in pool {name}: the kernel's own hash chooses its workers, \
+             because the programs cannot be loaded: {error}"
+        );
+        Err(CommandError::new(Problem::Conflict, message)
+            .hint("dispatcher doctor; restart and scale work"))
     }
 
     fn not_resumed(&self, name: &WorkerRef, worker: WorkerId, why: CannotResume) -> CommandError {

@@ -62,7 +62,7 @@ pub(super) fn plan_pools(
                 if let Some(key) = other_way(old, &pool) {
                     reloaded.needs_restart.push(format!("{key} of pool {name}"));
                     // Where the kernel could not choose, the pool is passed until the restart.
-                    let falls_back = pool.steer.take_if(|steer| steer.fallback).is_some();
+                    let falls_back = pool.steer.take_if(|steer| steer.passes()).is_some();
                     if !falls_back || old.steer.is_some() {
                         pools.push((PoolStep::Keep(id), old.clone()));
                         continue;

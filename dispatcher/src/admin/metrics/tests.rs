@@ -128,6 +128,7 @@ fn each_status_field_has_its_own_metric() {
         steer: Some(SteerStatus {
             attached: true,
             pinned: false,
+            hashed: None,
             not_pinned: None,
             error: Some("no right".to_owned()),
             chosen: 92,

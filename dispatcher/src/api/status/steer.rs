@@ -11,6 +11,10 @@ pub struct SteerStatus {
     pub attached: bool,
     /// The kernel goes on choosing while the dispatcher is restarted.
     pub pinned: bool,
+    /// Why there are no programs: the kernel's own hash of the addresses chooses
+    /// (`fallback = "hash"`), and the counts below are 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hashed: Option<String>,
     /// Why it does not, although it is to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_pinned: Option<String>,
@@ -48,6 +52,7 @@ impl SteerStatus {
     /// Whether the kernel chooses, in a word or two.
     pub fn state(&self) -> &'static str {
         match (self.attached, self.pinned) {
+            (false, _) if self.hashed.is_some() => "by the kernel's hash",
             (false, _) => "not attached",
             (true, true) => "pinned",
             (true, false) => "attached",
@@ -69,6 +74,12 @@ pub struct SteerWorkerStatus {
     /// Why it gets no connections although it listens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+    /// The kernel's own hash chooses: connections are counted by samples, about once a second.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub hashed: bool,
+    /// Why its connections are not known: its load is not 0 for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_counted: Option<String>,
 }
 
 impl From<&SteerCounts> for SteerWorkerStatus {
@@ -79,6 +90,8 @@ impl From<&SteerCounts> for SteerWorkerStatus {
             pending: counts.pending,
             queued: counts.queued,
             problem: None,
+            hashed: false,
+            not_counted: None,
         }
     }
 }

@@ -282,7 +282,7 @@ impl Column {
                 let state = worker.shown_state();
                 Cell::new(clean(&worker.shown_kind())).style(theme.of_state(state))
             }
-            Column::Load => right(worker.load.to_string()),
+            Column::Load => right(worker.shown_load()),
             Column::InFlight => right(worker.in_flight.to_string()),
             Column::Rate => right(row.rate.map_or("-".to_owned(), |rate| format!("{rate:.1}"))),
             Column::Id => right(worker.id.to_string()),

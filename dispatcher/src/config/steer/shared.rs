@@ -6,6 +6,7 @@ use super::super::error::Mistake;
 use super::super::file::{ListenerKeys, PoolKeys};
 use super::super::validate::Check;
 use super::super::{ListenerOptions, ReadyCheck, Spawn};
+use super::{Fallback, Ports};
 
 /// Most public addresses of such a pool.
 pub(super) const MAX_ADDRESSES: usize = 32;
@@ -16,16 +17,6 @@ pub(super) fn refuse(
     (keys, defaults): (&PoolKeys, &PoolKeys),
     spawn: Option<&Spawn>,
 ) {
-    if let Some(fallback) = keys.fallback.as_ref().or(defaults.fallback.as_ref()) {
-        check.mistake(
-            Mistake::new(
-                fallback.span(),
-                "a server that inherits a listener takes no connections \
-                                           that are passed",
-            )
-            .help("remove `fallback`"),
-        );
-    }
     let (Some(own), Some(spawn)) = (&keys.spawn, spawn) else { return };
     let defaults = defaults.spawn.as_ref().map(Spanned::get_ref);
     if let ReadyCheck::Http(_) = spawn.ready_check {
@@ -37,6 +28,23 @@ pub(super) fn refuse(
                 .help("ready_check = \"tcp\": it is ready when it accepts a connection"),
         );
     }
+}
+
+/// Each way of listening has a fallback of its own.
+pub(super) fn check_fallback(check: &mut Check<'_>, key: &Spanned<Fallback>, ports: Ports) {
+    let (message, help) = match (ports, key.get_ref()) {
+        (Ports::Own, Fallback::Pass) | (Ports::Shared, Fallback::Hash) => return,
+        (Ports::Shared, Fallback::Pass) => (
+            "a server that inherits a listener takes no connections that are passed",
+            "fallback = \"hash\": the kernel's own hash chooses among the listeners then",
+        ),
+        (Ports::Own, Fallback::Hash) => (
+            "the kernel's hash chooses only among listeners that processes inherit",
+            "write {fd} in the command or ports = \"shared\" if the server can inherit a listener, \
+             or remove `fallback`",
+        ),
+    };
+    check.mistake(Mistake::new(key.span(), message).help(help));
 }
 
 /// Keys of a listener of such a pool; then its options.

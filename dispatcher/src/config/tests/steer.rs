@@ -47,7 +47,7 @@ fn a_pool_is_passed_by_default() {
     assert_eq!(config.steer_pins.as_deref(), Some(Path::new("/sys/fs/bpf/dispatcher")));
     assert_eq!(good(&format!("steer_pins = false\n{GOOD}")).steer_pins, None);
     let steer = steer_of(&format!("{STEERED}fallback = \"pass\"\n{SPAWN}"));
-    assert!(steer.fallback && steer.members.is_empty());
+    assert!(steer.passes() && steer.members.is_empty());
     assert_eq!(steer.ports, Ports::Own);
     let all = format!("[defaults]\nmode = \"steer\"\n{GOOD}{SPAWN}");
     assert!(good(&all).pools[0].steer.is_some());
@@ -308,6 +308,30 @@ fn keys_of_steered_pools_are_refused_elsewhere() {
     assert!(error.contains("only a pool with mode = \"steer\" has members"), "{error}");
     let text = format!("{GOOD}[pool.web.spawn]\ncommand = [\"/bin/sh\", ‹\"{{port}}\"›]\n");
     refused(&text, "have a value only with mode", "mode = \"steer\"");
+}
+
+/// Where the programs cannot be loaded: passing for workers with the SDK, the kernel's hash for
+/// inherited listeners.
+#[test]
+fn each_way_of_listening_has_its_own_fallback() {
+    let heirs = "[pool.web.spawn]\ncommand = [\"/bin/sh\", \"{fd}\"]\n";
+    let steer = steer_of(&format!("{STEERED}fallback = \"hash\"\n{heirs}"));
+    assert_eq!((steer.fallback, steer.ports), (Some(Fallback::Hash), Ports::Shared));
+    assert!(!steer.passes());
+    assert_eq!(steer_of(&format!("{STEERED}{heirs}")).fallback, None);
+    let named = "[pool.web.spawn]\ncommand = [\"/bin/sh\"]\n";
+    let shared = format!("{STEERED}ports = \"shared\"\nfallback = \"hash\"\n{named}");
+    assert_eq!(steer_of(&shared).fallback, Some(Fallback::Hash));
+    let by_default = format!("[defaults]\nfallback = \"hash\"\n{STEERED}{heirs}");
+    assert_eq!(steer_of(&by_default).fallback, Some(Fallback::Hash));
+    refused(
+        &format!("{STEERED}fallback = ‹\"pass\"›\n{heirs}"),
+        "takes no connections that are passed",
+        "fallback = \"hash\"",
+    );
+    key_refused("fallback = ‹\"hash\"›", "only among listeners that processes inherit", "{fd}");
+    let error = Config::parse(&format!("{STEERED}fallback = \"no\"\n{heirs}"), "x");
+    assert!(error.expect_err("refused").to_string().contains("`hash`"));
 }
 
 #[test]

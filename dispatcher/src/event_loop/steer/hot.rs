@@ -15,7 +15,7 @@ use super::{
     pin_name, start_thread,
 };
 use crate::background::logger::{quoted, value};
-use crate::config::{OnDispatcherLoss, Ports, Steer};
+use crate::config::{Fallback, OnDispatcherLoss, Ports, Steer};
 use dispatcher_core::{Departure, PoolId, ProcessId, SteerCounts};
 
 /// Most events of the thread handled in one turn; the rest waits for the next turn.
@@ -36,7 +36,7 @@ impl EventLoop {
     }
 
     /// The start: has the kernel choose for the pools that want it, and waits until it does. A pool
-    /// with `fallback` is passed where the kernel cannot choose.
+    /// with `fallback` is passed, or served by the kernel's hash, where the kernel cannot choose.
     ///
     /// # Errors
     /// The kernel cannot choose for a pool without `fallback`.
@@ -66,7 +66,7 @@ impl EventLoop {
     fn pass_instead(&mut self, pool: PoolId, error: String) -> Result<(), RunError> {
         let name = self.core.pool_name(pool).to_owned();
         let resources = self.pools.get_mut(usize::from(pool.0));
-        let falls_back = |steer: &mut Steer| steer.fallback;
+        let falls_back = |steer: &mut Steer| steer.passes();
         let steer = resources.and_then(|pool| pool.steer.take_if(falls_back));
         if steer.is_none() {
             return Err(RunError::Steer { pool: name, error });
@@ -125,9 +125,21 @@ impl EventLoop {
             Ok(opened) => opened,
             Err(error) => return self.pool_failed(id, error),
         };
-        let name = value(self.core.pool_name(id));
+        let plain = self.core.pool_name(id).to_owned();
+        let name = value(&plain);
         let Opened { pinned, adopted, .. } = &opened;
-        log::info!("event=steering pool={name} pinned={pinned} adopted={adopted}");
+        match &opened.hashed {
+            None => log::info!("event=steering pool={name} pinned={pinned} adopted={adopted}"),
+            Some(error) => {
+                log::warn!(
+                    "event=steering_not_possible pool={name} mode=hash error={} \
+                     hint=\"dispatcher doctor\"",
+                    quoted(error)
+                );
+                let text = || format!("the kernel's hash chooses its workers: {error}");
+                self.fault(FaultKind::Steering, &plain, text);
+            }
+        }
         if let Some(error) = &opened.not_pinned {
             log::warn!(
                 "event=steering_not_pinned pool={name} error={} \
@@ -176,6 +188,8 @@ impl EventLoop {
             ip: steer.address,
             publics: publics.collect(),
             shared: steer.ports == Ports::Shared,
+            hash: steer.fallback == Some(Fallback::Hash),
+            start_timeout: settings.supervision.start_timeout,
             wait: settings.wait_for_worker,
             policy: settings.policy,
             pins: self.config.steer_pins.as_ref().filter(|_| outlives).map(|pins| {
@@ -327,6 +341,7 @@ impl EventLoop {
             SteerEvent::Prepared { holder, slot, address, listeners } => {
                 self.prepared(holder, slot, address, listeners);
             }
+            SteerEvent::NotCounted(slot, why) => self.not_counted(slot, why),
             SteerEvent::QueueMoved(slot) => self.steer_again(slot),
             SteerEvent::NotPrepared { holder, error } => self.not_prepared(holder, &error),
             SteerEvent::Listens(slot, counts) => {
@@ -384,7 +399,7 @@ impl EventLoop {
             Holder::Member(..) => true,
         };
         if !wanted {
-            return self.steers.send(SteerCommand::Free(slot));
+            return self.steers.send(SteerCommand::Free { slot, returns: false });
         }
         let io = SlotIo {
             holder,
@@ -394,6 +409,7 @@ impl EventLoop {
             listens: None,
             settings: None,
             problem: None,
+            not_counted: None,
         };
         self.steers.slots.insert(slot, io);
         if let Holder::Process(process) = holder
@@ -453,6 +469,19 @@ impl EventLoop {
         if let (Holder::Member(..), Some(worker), true) = (io.holder, io.worker, over) {
             self.core.leave(self.now, worker, Departure::Disconnected);
         }
+    }
+
+    /// Only what is new is logged: the load of the worker is not known meanwhile.
+    fn not_counted(&mut self, slot: Slot, why: Option<String>) {
+        let Some(io) = self.steers.slots.get_mut(&slot) else { return };
+        io.not_counted.clone_from(&why);
+        let (Some(why), Holder::Process(process)) = (why, io.holder) else { return };
+        log::warn!(
+            "event=worker_not_counted pool={} worker={} error={}",
+            value(self.core.pool_name(slot.pool)),
+            value(&self.process_name(process)),
+            quoted(&why)
+        );
     }
 
     fn slot_problem(&mut self, slot: Slot, problem: Option<String>) {

@@ -12,16 +12,21 @@
 //!
 //! Processes that share the public ports ([`shared`]) inherit their listeners, which the thread
 //! opens. Such a process listens, as far as the hot thread knows, when it has accepted a connection
-//! that the thread made to it.
+//! that the thread made to it. Where the programs cannot be loaded, such a pool can do without them
+//! ([`hashed`]): then the kernel's hash chooses, and what is decided about workers has no effect.
 
 #![cfg_attr(not(feature = "steer"), allow(dead_code, reason = "the configuration refuses it"))]
 
 mod early;
+#[cfg(feature = "steer")]
+mod hashed;
 mod hot;
 #[cfg(feature = "steer")]
 mod open;
 #[cfg(feature = "steer")]
 mod ports;
+#[cfg(feature = "steer")]
+mod sample;
 #[cfg(feature = "steer")]
 mod shared;
 mod slots;
@@ -53,6 +58,10 @@ pub(super) struct PoolSpec {
     pub(super) publics: Vec<Public>,
     /// Processes inherit listeners at these addresses.
     pub(super) shared: bool,
+    /// Without programs, the kernel's hash chooses among these.
+    pub(super) hash: bool,
+    /// The longest time until a process serves.
+    pub(super) start_timeout: Duration,
     /// How long clients wait while there is no usable worker.
     pub(super) wait: Duration,
     pub(super) policy: Policy,
@@ -109,8 +118,10 @@ pub(super) enum SteerCommand {
     /// Move what waits in the queue of a worker with an inherited listener to other workers:
     /// [`SteerEvent::QueueMoved`].
     MoveQueue(Slot),
-    /// The worker will not come back.
-    Free(Slot),
+    /// The process of a slot runs. For pools that the kernel's hash serves.
+    Runs(Slot, i32),
+    /// The worker will not come back. `returns`: another process follows in its place.
+    Free { slot: Slot, returns: bool },
     /// The pool is removed: detach its programs.
     Close(PoolId),
     /// End the thread. The choice goes on for these pools, if it has pins.
@@ -126,6 +137,8 @@ pub(super) struct Opened {
     pub(super) adopted: bool,
     /// Why the choice does not outlive the dispatcher although it is to.
     pub(super) not_pinned: Option<String>,
+    /// There are no programs, for this reason: the kernel's hash chooses.
+    pub(super) hashed: Option<String>,
     /// For what the core decides about workers: it applies from the next SYN on.
     #[cfg(feature = "steer")]
     pub(super) writer: Option<dispatch_steer::Writer>,
@@ -148,6 +161,8 @@ pub(super) enum SteerEvent {
     Counts(Slot, SteerCounts),
     /// Why it gets no connections although it listens; `None` if it does again.
     Problem(Slot, Option<String>),
+    /// Why the connections of a process are not known; `None` if they are again.
+    NotCounted(Slot, Option<String>),
     /// The thread has written the settings of a worker while it moved its queue.
     QueueMoved(Slot),
     /// What the kernel counts for a pool.
@@ -210,6 +225,8 @@ struct SlotIo {
     /// How the kernel is to treat it.
     settings: Option<SteerSettings>,
     problem: Option<String>,
+    /// Why its connections are not known.
+    not_counted: Option<String>,
 }
 
 /// The thread.
@@ -287,6 +304,11 @@ impl Steers {
     pub(super) fn is_pinned(&self, pool: PoolId) -> bool {
         let opened = self.pools.get(&pool).and_then(|pool| pool.opened.as_ref());
         opened.is_some_and(|opened| opened.pinned)
+    }
+
+    /// Why the kernel's hash chooses the workers of a pool.
+    pub(super) fn hashed(&self, pool: PoolId) -> Option<&str> {
+        self.pools.get(&pool)?.opened.as_ref()?.hashed.as_deref()
     }
 
     fn of_process(&self, process: ProcessId) -> Option<Slot> {

@@ -19,7 +19,7 @@ use super::thread::{Known, PoolMaps};
 use crate::background::logger::{quoted, value};
 
 /// The backlog of each listener; the kernel caps it at `net.core.somaxconn`.
-const BACKLOG: u32 = 4096;
+pub(super) const BACKLOG: u32 = 4096;
 
 /// What the slot of a process has more that shares its port.
 #[derive(Default)]

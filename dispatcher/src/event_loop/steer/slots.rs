@@ -2,6 +2,7 @@
 //! it.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use super::super::EventLoop;
 use super::{Holder, Slot, SlotIo, SteerCommand};
@@ -39,6 +40,9 @@ impl EventLoop {
         if let Some(io) = self.steers.slots.get_mut(&slot) {
             io.pid = Some(pid);
         }
+        if self.steers.hashed(slot.pool).is_some() {
+            self.steers.send(SteerCommand::Runs(slot, pid));
+        }
         self.join_slot(slot);
     }
 
@@ -58,10 +62,20 @@ impl EventLoop {
         if let Some(worker) = io.worker {
             self.core.leave(self.now, worker, why);
         }
-        self.steers.send(SteerCommand::Free(slot));
+        let returns = match io.holder {
+            Holder::Process(process) => self.returns(process),
+            Holder::Member(..) => false,
+        };
+        self.steers.send(SteerCommand::Free { slot, returns });
         if self.core.is_pool_retired(slot.pool) {
             self.close_pool(slot.pool);
         }
+    }
+
+    /// Whether another process follows in the place of one that has ended.
+    fn returns(&self, process: ProcessId) -> bool {
+        let wanted = self.core.pool_settings(process.pool).map_or(0, |it| it.processes);
+        !self.core.is_pool_retired(process.pool) && process.place < wanted
     }
 
     /// The core has forgotten a worker.
@@ -82,14 +96,34 @@ impl EventLoop {
         if let Some(io) = self.steers.slots.get_mut(&slot) {
             io.settings = Some(settings);
         }
+        if opened.hashed.is_some() {
+            return self.end_hashed(slot);
+        }
         if let Err(error) = opened.set(slot.number, settings) {
             self.pool_failed(slot.pool, error);
         }
     }
 
+    /// Ends a process that is not wanted any more, and that the kernel's hash would go on to give
+    /// connections: only the process itself can close its listener. It finishes its connections.
+    fn end_hashed(&self, slot: Slot) {
+        let Some(io) = self.steers.slots.get(&slot) else { return };
+        let Holder::Process(process) = io.holder else { return };
+        if self.core.wants_process(process) || self.leaves(slot.pool) {
+            return;
+        }
+        let Some(settings) = self.core.pool_settings(slot.pool) else { return };
+        let supervision = &settings.supervision;
+        let drain = supervision.drain_timeout.unwrap_or_default();
+        let timeout = supervision.stop_timeout.max(drain);
+        self.side.spawner.stop_process(process, Duration::ZERO, timeout);
+    }
+
     /// The core has decided that the queue of a worker is to be moved.
     pub(in crate::event_loop) fn move_queue(&mut self, worker: WorkerId) {
-        if let Some(&slot) = self.steers.workers.get(&worker) {
+        if let Some(&slot) = self.steers.workers.get(&worker)
+            && self.steers.hashed(slot.pool).is_none()
+        {
             self.steers.send(SteerCommand::MoveQueue(slot));
         }
     }

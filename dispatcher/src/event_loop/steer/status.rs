@@ -13,8 +13,9 @@ impl EventLoop {
             let Some(known) = self.steers.pools.get(&id) else { continue };
             let (opened, totals) = (known.opened.as_ref(), known.totals);
             pool.steer = Some(SteerStatus {
-                attached: opened.is_some(),
+                attached: opened.is_some_and(|opened| opened.hashed.is_none()),
                 pinned: opened.is_some_and(|opened| opened.pinned),
+                hashed: self.steers.hashed(id).map(str::to_owned),
                 not_pinned: opened.and_then(|opened| opened.not_pinned.clone()),
                 error: known.failure.clone(),
                 chosen: totals.chosen,
@@ -33,6 +34,8 @@ impl EventLoop {
             let Some(io) = self.steers.slots.get(slot) else { continue };
             steer.address = io.address.to_string();
             steer.problem.clone_from(&io.problem);
+            steer.hashed = self.steers.hashed(slot.pool).is_some();
+            steer.not_counted.clone_from(&io.not_counted);
         }
     }
 

@@ -17,7 +17,7 @@ use dispatch_steer::{
 use dispatcher_core::{PoolId, SteerCounts};
 
 use super::super::peer_thread::Outbox;
-use super::open::open;
+use super::hashed::HashedPools;
 use super::ports::Ports;
 use super::shared::{Inherits, Shared};
 use super::{Adopt, PoolSpec, Public, Slot, SteerCommand, SteerEvent, SteerTotals};
@@ -39,8 +39,9 @@ pub(super) const MAILBOX: usize = 256;
 
 pub(super) struct SteerThread {
     commands: Receiver<SteerCommand>,
-    outbox: Outbox<SteerEvent>,
-    pools: BTreeMap<PoolId, PoolMaps>,
+    pub(super) outbox: Outbox<SteerEvent>,
+    pub(super) pools: BTreeMap<PoolId, PoolMaps>,
+    pub(super) hashed: HashedPools,
     ports: Ports,
     ticks: u32,
     /// When the counts are read next.
@@ -86,6 +87,7 @@ impl SteerThread {
             commands,
             outbox: Outbox::new(events, wake),
             pools: BTreeMap::new(),
+            hashed: HashedPools::default(),
             ports: Ports::new(seed),
             ticks: 0,
             next: Instant::now() + TICK,
@@ -119,6 +121,7 @@ impl SteerThread {
             if self.next <= Instant::now() {
                 self.next = Instant::now() + TICK;
                 self.read_all();
+                self.watch_hashed();
             }
             self.outbox.announce();
         }
@@ -133,17 +136,11 @@ impl SteerThread {
     }
 
     fn obey(&mut self, command: SteerCommand) {
+        let Some(command) = self.obey_hashed(command) else { return };
         match command {
             SteerCommand::Open(spec) => {
-                let (id, opened) = (spec.pool, open(*spec));
-                let told = match opened {
-                    Ok((pool, opened)) => {
-                        self.pools.insert(id, pool);
-                        Ok(opened)
-                    }
-                    Err(error) => Err(error),
-                };
-                self.outbox.report(SteerEvent::Opened(id, told));
+                let (id, opened) = (spec.pool, self.open(*spec));
+                self.outbox.report(SteerEvent::Opened(id, opened));
             }
             SteerCommand::Change(spec) => {
                 let id = spec.pool;
@@ -169,7 +166,7 @@ impl SteerThread {
                 self.outbox.report(SteerEvent::QueueMoved(slot));
                 self.note(slot.pool, moved.unwrap_or(Ok(())));
             }
-            SteerCommand::Free(slot) => {
+            SteerCommand::Free { slot, .. } => {
                 let freed = self.pools.get_mut(&slot.pool).map(|pool| pool.free(slot.number));
                 self.note(slot.pool, freed.unwrap_or(Ok(())));
             }
@@ -178,8 +175,8 @@ impl SteerThread {
                     pool.detach();
                 }
             }
-            // `run` handles it.
-            SteerCommand::End(..) => {}
+            // The kernel tells of its listener. `run` handles the end.
+            SteerCommand::Runs(..) | SteerCommand::End(..) => {}
         }
     }
 
