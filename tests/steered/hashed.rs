@@ -102,7 +102,7 @@ fn processes_start_without_capabilities_and_are_counted() {
 
     for (words, what) in [
         (&["drain", "web/web-1"][..], "drain"),
-        (&["drain", "web"][..], "drain"),
+        (&["drain", "--pool", "web"][..], "drain"),
         (&["resume", "web/web-1"][..], "resume"),
         (&["weight", "web/web-1", "2"][..], "weight"),
         (&["explain", "web"][..], "explain"),

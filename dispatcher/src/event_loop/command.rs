@@ -256,8 +256,8 @@ impl EventLoop {
         if let Target::Pool(name) = target {
             self.is_obeyed(self.pool_called(name)?, what)?;
         }
-        let pools = workers.iter().filter_map(|&worker| self.core.pool_of_worker(worker));
-        pools.map(|pool| self.is_obeyed(pool, what)).collect::<Result<(), _>>()?;
+        let mut pools = workers.iter().filter_map(|&worker| self.core.pool_of_worker(worker));
+        pools.try_for_each(|pool| self.is_obeyed(pool, what))?;
         Ok(workers)
     }
 

@@ -89,8 +89,8 @@ impl SteerThread {
             }
             (Err(error), None) => return Err(error),
             (Err(error), Some(spec)) => {
-                let addresses = spec.publics.iter().map(|public| public.address);
-                let possible = addresses.map(PlainListener::possible).collect::<Result<(), _>>();
+                let mut addresses = spec.publics.iter().map(|public| public.address);
+                let possible = addresses.try_for_each(PlainListener::possible);
                 possible.map_err(|other| format!("{error}; {other}"))?;
                 self.hashed.pools.insert(id, HashedPool::new(spec));
                 error

@@ -52,9 +52,15 @@ pub(super) fn sockets_of(pid: i32) -> io::Result<HashSet<u32>> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(error),
         };
-        // A descriptor may be closed meanwhile.
-        let links = entries.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok());
-        found.extend(links.filter_map(|link| socket_inode(link.to_str()?)));
+        for entry in entries.flatten() {
+            match std::fs::read_link(entry.path()) {
+                Ok(link) => found.extend(link.to_str().and_then(socket_inode)),
+                // Root may list them without the capability to see what they are.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(error),
+                // It was closed meanwhile.
+                Err(_) => {}
+            }
+        }
         for child in children_of(pid) {
             if seen.len() < MOST && seen.insert(child) {
                 left.push(child);
