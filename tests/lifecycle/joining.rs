@@ -48,7 +48,12 @@ fn a_worker_joins_and_leaves() {
     // A new worker gets every connection until the loads are equal.
     let mut second = dispatcher.worker("blocking", "web", "second");
     dispatcher.wait_joined("web", 2);
-    let more: Vec<Client> = (0..10).map(|_| Client::connect(address).unwrap()).collect();
+    let mut more = vec![Client::connect(address).unwrap()];
+    // It is trusted when the dispatcher has seen its first take, which is after the client has.
+    dispatcher.wait_status("its first take", |status| {
+        worker(status, "second").is_some_and(|w| w.taken == 1)
+    });
+    more.extend((0..9).map(|_| Client::connect(address).unwrap()));
     assert_eq!(tally(&more)["second"], 10);
 
     // It says goodbye: its connections stay, and new ones go to the other worker.
