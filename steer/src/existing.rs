@@ -46,7 +46,8 @@ enum Absent {
 
 impl Steering {
     /// Registers the listeners that are open at the addresses of a worker and are not registered,
-    /// because they were opened before [`Steering::load`]. `cgroup` is that of the workers. Returns
+    /// because they were opened before [`Steering::load`], or the worker was removed and added
+    /// again ([`Steering::former_worker`]). `cgroup` is that of the workers. Returns
     /// the addresses of the listeners that are registered now.
     ///
     /// It needs the right to fetch descriptors of the server: CAP_SYS_PTRACE, or the same user if
@@ -73,10 +74,15 @@ impl Steering {
         let mut found = Vec::new();
         self.read_sockets(sockets::LISTENING, &mut |socket| {
             let local = Address::from(socket.local).socket_addr();
-            if socket.owner.is_none() && own.contains(&local) {
+            if socket.owner.is_none_or(|owner| owner.worker == worker) && own.contains(&local) {
                 found.push(socket);
             }
         })?;
+        // The worker was removed while it listened, and has come back.
+        let given = [false, true].map(|is_v6| self.listener(worker, is_v6));
+        let [v4, v6] = given.map(|listener| listener.map(|it| it.is_some()));
+        let (v4, v6) = (v4?, v6?);
+        found.retain(|it| it.owner.is_none() || !(if it.is_v6 { v6 } else { v4 }));
         if found.is_empty() {
             return Ok(Vec::new());
         }
@@ -147,6 +153,25 @@ impl Steering {
         Ok(worker)
     }
 
+    /// The number that a removed worker had, if a listener of it is still open at one of these
+    /// addresses. Its connections count there, so it is the number to be used again for the server
+    /// at this address: [`Steering::is_free`] is false, and [`Steering::adopt_listeners`] gives a
+    /// listener to no other number.
+    ///
+    /// # Errors
+    ///
+    /// As [`Steering::verify_listeners`].
+    pub fn former_worker(&self, own: impl Fn(SocketAddr) -> bool) -> Result<Option<u32>, Error> {
+        let mut found = None;
+        self.read_sockets(sockets::LISTENING, &mut |socket| {
+            let local = Address::from(socket.local).socket_addr();
+            found = found.or(socket.owner.filter(|_| own(local)).map(|owner| owner.worker));
+        })?;
+        let Some(worker) = found else { return Ok(None) };
+        let is_removed = self.addresses()?.iter().all(|(_, of)| *of != worker);
+        Ok(is_removed.then_some(worker))
+    }
+
     fn adopt_listener(
         &mut self,
         worker: u32,
@@ -169,7 +194,8 @@ impl Steering {
                 Absent::Failed(error) => error.to_string(),
             })
         })?;
-        self.register(worker, socket.is_v6, &listener).map_err(|error| {
+        let is_counted = socket.owner.is_some();
+        self.register(worker, socket.is_v6, is_counted, &listener).map_err(|error| {
             if error.raw_os_error() == Some(libc::EOPNOTSUPP) {
                 return failed("it is no TCP socket that can be steered".to_owned());
             }
@@ -178,11 +204,20 @@ impl Steering {
         Ok(socket.local)
     }
 
-    /// What the program does for a listener that begins to listen.
-    fn register(&mut self, worker: u32, is_v6: bool, listener: &OwnedFd) -> io::Result<()> {
+    /// What the program does for a listener that begins to listen. `is_counted`: it did.
+    fn register(
+        &mut self,
+        worker: u32,
+        is_v6: bool,
+        is_counted: bool,
+        listener: &OwnedFd,
+    ) -> io::Result<()> {
         let owners = self.maps.owners()?;
-        sys::set_owner(owners, listener.as_fd(), worker)?;
         let index = 2 * worker + u32::from(is_v6);
+        if is_counted {
+            return sys::set_socket(self.maps.listeners.fd().as_fd(), index, listener.as_fd());
+        }
+        sys::set_owner(owners, listener.as_fd(), worker)?;
         if let Err(error) =
             sys::set_socket(self.maps.listeners.fd().as_fd(), index, listener.as_fd())
         {

@@ -200,6 +200,22 @@ impl Steering {
                 "worker number {worker} still has listeners or connections of a removed worker"
             )));
         }
+        self.set_former_worker(worker, settings)
+    }
+
+    /// As [`Steering::set_worker`], for a removed worker that returns: its number may have
+    /// listeners and connections, which are its own ([`Steering::former_worker`]).
+    ///
+    /// # Errors
+    ///
+    /// As [`Steering::set_worker`].
+    pub fn set_former_worker(
+        &mut self,
+        worker: u32,
+        settings: WorkerSettings,
+    ) -> Result<(), Error> {
+        check_worker(worker)?;
+        check_settings(&settings)?;
         self.write_worker(worker, settings)?;
         if worker >= self.settings.workers {
             self.write_settings(Settings { workers: worker + 1, ..self.settings })?;

@@ -63,6 +63,34 @@ fn wait_listening(at: SocketAddr) {
     wait_until("the server to listen", || TcpStream::connect(at).is_ok());
 }
 
+/// Its listener and its connections belong to the number that it had.
+#[test]
+fn a_worker_that_was_removed_returns_with_its_number() {
+    let Some(mut lab) = Lab::keepers(2) else { return };
+    let held: Vec<TcpStream> = (0..10).map(|_| connect(V4)).collect();
+    assert_eq!(lab.live(), [5, 5]);
+    let at = own(lab.servers[0].port);
+    assert_eq!(lab.steering().former_worker(|address| address == at).unwrap(), None);
+    lab.steering().remove_worker(0).unwrap();
+    let more: Vec<TcpStream> = (0..4).map(|_| connect(V4)).collect();
+    assert_eq!(lab.live(), [5, 9]);
+    assert_eq!(lab.steering().former_worker(|address| address == at).unwrap(), Some(0));
+    assert!(!lab.steering().is_free(0).unwrap());
+    lab.steering().add_port(0, at.port()).unwrap();
+    assert!(lab.steering().set_worker(0, WorkerSettings::new(1)).is_err(), "it is not free");
+    lab.steering().set_former_worker(0, WorkerSettings::new(1)).unwrap();
+    let cgroup = lab.cgroup().to_owned();
+    assert_eq!(lab.steering().adopt_listeners(0, &cgroup).unwrap(), [at]);
+    assert_eq!(lab.steering().adopt_listeners(0, &cgroup).unwrap(), [], "once is enough");
+    let last: Vec<TcpStream> = (0..6).map(|_| connect(V4)).collect();
+    assert_eq!(lab.live(), [10, 10]);
+    lab.settled();
+    drop((held, more, last));
+    lab.empty();
+    lab.kill(0);
+    assert_eq!(lab.steering().counts(0).unwrap().listeners, [0, 0], "its end is reported");
+}
+
 #[test]
 fn listeners_of_running_servers_are_registered() {
     let Some(mut earlier) = Earlier::new(&["127.0.0.1", "0.0.0.0", "::"]) else { return };

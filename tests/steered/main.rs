@@ -1,6 +1,7 @@
 //! Steered pools at whole dispatchers: the kernel chooses among unmodified servers.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
+mod cgroup;
 mod edges;
 mod hashed;
 mod life;

@@ -1,67 +1,18 @@
 //! Workers that something else starts, at addresses and in cgroups of the configuration.
 
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::sys::signal::Signal;
-use test_support::{Dispatcher, Process, configure, skip, wait_until, write_config};
+use test_support::{Dispatcher, Process, configure, wait_until, write_config};
 
+use crate::cgroup::Cgroup;
 use crate::place::*;
 
-/// A cgroup of its own; removed at the end.
-struct Cgroup(PathBuf);
-
-impl Cgroup {
-    /// `None`, after a notice, if there is no place for one.
-    fn new() -> Option<Cgroup> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
-        let mount = dispatch_steer::machine::cgroup2_mount(&mounts)?;
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let path = mount.join(format!("dispatcher-members-{}-{number}", std::process::id()));
-        match std::fs::create_dir(&path) {
-            Ok(()) => Some(Cgroup(path)),
-            Err(error) => {
-                skip(&format!("{}: {error}", path.display()));
-                None
-            }
-        }
-    }
-
-    /// A keeper of connections in a cgroup below.
-    fn keeper(&self, name: &str, port: u16) -> Process {
-        let own = self.0.join(name);
-        std::fs::create_dir_all(&own).unwrap();
-        let mut command = Command::new("sh");
-        command
-            .args(["-c", "echo 0 > \"$0\"/cgroup.procs && exec \"$@\""])
-            .arg(&own)
-            .args(["python3", "-c", KEEPER, "127.0.0.1", &port.to_string()])
-            .stdin(Stdio::null());
-        Process::start(name, &mut command)
-    }
-
-    /// The member of this name.
-    fn member(&self, name: &str, port: u16) -> String {
-        format!(
-            "[[pool.web.member]]\nname = \"{name}\"\naddress = \"127.0.0.1:{port}\"\n\
-             cgroup = \"{}\"\n",
-            self.0.join(name).display()
-        )
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        let remove = |path: &Path| std::fs::remove_dir(path).is_ok() || !path.exists();
-        let below = std::fs::read_dir(&self.0).unwrap().flatten().filter(|it| it.path().is_dir());
-        for entry in below {
-            wait_until("the cgroup to be empty", || remove(&entry.path()));
-        }
-        wait_until("the cgroup to be empty", || remove(&self.0));
-    }
+/// A keeper of connections in a cgroup below.
+fn keeper(cgroup: &Cgroup, name: &str, port: u16) -> Process {
+    let mut command = cgroup.command(name);
+    command.args(["python3", "-c", KEEPER, "127.0.0.1", &port.to_string()]);
+    Process::start(name, &mut command)
 }
 
 fn pool(more: &str) -> String {
@@ -74,9 +25,9 @@ fn members_join_when_they_listen_and_return_after_a_restart() {
     let members = [cgroup.member("a", 9001), cgroup.member("b", 9002)].concat();
     let dispatcher = Dispatcher::start(&pool(&members));
     let waiting = std::thread::spawn(connect);
-    let first = cgroup.keeper("a", 9001);
+    let first = keeper(&cgroup, "a", 9001);
     let mut held = vec![waiting.join().unwrap()];
-    let mut second = cgroup.keeper("b", 9002);
+    let mut second = keeper(&cgroup, "b", 9002);
     ready(&dispatcher, 2);
     held.extend((0..19).map(|_| connect()));
     let status = wait_loads(&dispatcher, &[10, 10]);
@@ -85,7 +36,7 @@ fn members_join_when_they_listen_and_return_after_a_restart() {
     second.signal(Signal::SIGTERM);
     second.wait();
     dispatcher.wait_status("it to be gone", |status| active(&status.pools[0]).len() == 1);
-    let _again = cgroup.keeper("b", 9002);
+    let _again = keeper(&cgroup, "b", 9002);
     ready(&dispatcher, 2);
     held.extend((0..10).map(|_| connect()));
     wait_loads(&dispatcher, &[10, 10]);
@@ -99,7 +50,7 @@ fn members_join_when_they_listen_and_return_after_a_restart() {
 #[test]
 fn members_that_listen_already_are_found() {
     let Some(cgroup) = enter().then(Cgroup::new).flatten() else { return };
-    let (_a, b) = (cgroup.keeper("a", 9001), cgroup.keeper("b", 9002));
+    let (_a, b) = (keeper(&cgroup, "a", 9001), keeper(&cgroup, "b", 9002));
     for port in [9001, 9002] {
         wait_until("it to listen", || TcpStream::connect(("127.0.0.1", port)).is_ok());
     }
@@ -111,15 +62,19 @@ fn members_that_listen_already_are_found() {
     drop(held);
     wait_loads(&dispatcher, &[0, 0]);
     drop(b);
+    // The first of these finds that its listener is closed.
+    (0..4).for_each(|_| drop(connect()));
     dispatcher.wait_status("its end to be seen", |status| active(&status.pools[0]).len() == 1);
     drop(connect());
+    let log = dispatcher.log();
+    assert!(!log.contains("worker_not_steered"), "nothing is wrong with its listener: {log}");
 }
 
 #[test]
 fn a_reload_adds_and_removes_members() {
     let Some(cgroup) = enter().then(Cgroup::new).flatten() else { return };
     let names = [("a", 9001), ("b", 9002), ("c", 9003)];
-    let keepers = names.map(|(name, port)| cgroup.keeper(name, port));
+    let keepers = names.map(|(name, port)| keeper(&cgroup, name, port));
     let of = |names: &[(&str, u16)]| {
         let members: Vec<String> =
             names.iter().map(|(name, port)| cgroup.member(name, *port)).collect();
@@ -142,6 +97,44 @@ fn a_reload_adds_and_removes_members() {
     drop((held, more, keepers));
 }
 
+/// A member that returns to the configuration has its listener, and its connections count.
+#[test]
+fn a_member_that_is_removed_and_added_again_serves() {
+    let Some(cgroup) = enter().then(Cgroup::new).flatten() else { return };
+    let pins = bpffs();
+    let names = [("a", 9001), ("b", 9002)];
+    let keepers = names.map(|(name, port)| keeper(&cgroup, name, port));
+    let of = |names: &[(&str, u16)]| {
+        let members: Vec<String> =
+            names.iter().map(|(name, port)| cgroup.member(name, *port)).collect();
+        format!("steer_pins = \"{}/pins\"\n{}", pins.path().display(), pool(&members.concat()))
+    };
+    let folder = configure(&of(&names));
+    let mut dispatcher = Dispatcher::start_in(folder.path());
+    ready(&dispatcher, 2);
+    let held: Vec<TcpStream> = (0..10).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[5, 5]);
+    for restart in [false, true] {
+        write_config(folder.path(), &of(&names[1..]));
+        command(&dispatcher, &["reload"]);
+        dispatcher.wait_status("only b", |status| status.pools[0].workers.len() == 1);
+        if restart {
+            dispatcher.process.kill();
+            dispatcher = Dispatcher::start_in(folder.path());
+        }
+        write_config(folder.path(), &of(&names));
+        command(&dispatcher, &["reload"]);
+        ready(&dispatcher, 2);
+        wait_loads(&dispatcher, &[5, 5]);
+    }
+    let more: Vec<TcpStream> = (0..10).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[10, 10]);
+    drop((held, more));
+    wait_loads(&dispatcher, &[0, 0]);
+    assert!(!dispatcher.log().contains("steering_corrected"), "{}", dispatcher.log());
+    drop(keepers);
+}
+
 /// The programs of an earlier dispatcher are attached to a cgroup. Members elsewhere would not be
 /// counted by them.
 #[test]
@@ -155,11 +148,11 @@ fn members_in_another_cgroup_are_counted_after_a_restart() {
     };
     let folder = configure(&config(&cgroup));
     let mut dispatcher = Dispatcher::start_in(folder.path());
-    let before = [("a", 9001), ("b", 9002)].map(|(name, port)| cgroup.keeper(name, port));
+    let before = [("a", 9001), ("b", 9002)].map(|(name, port)| keeper(&cgroup, name, port));
     ready(&dispatcher, 2);
     dispatcher.process.kill();
     drop(before);
-    let after = [("a", 9001), ("b", 9002)].map(|(name, port)| other.keeper(name, port));
+    let after = [("a", 9001), ("b", 9002)].map(|(name, port)| keeper(&other, name, port));
     for port in [9001, 9002] {
         wait_until("it to listen", || TcpStream::connect(("127.0.0.1", port)).is_ok());
     }
@@ -178,7 +171,7 @@ fn members_in_another_cgroup_are_counted_after_a_restart() {
 #[test]
 fn a_removed_pool_gives_its_address_up() {
     let Some(cgroup) = enter().then(Cgroup::new).flatten() else { return };
-    let keepers = [("a", 9001), ("b", 9002)].map(|(name, port)| cgroup.keeper(name, port));
+    let keepers = [("a", 9001), ("b", 9002)].map(|(name, port)| keeper(&cgroup, name, port));
     let folder = configure(&pool(&cgroup.member("a", 9001)));
     let dispatcher = Dispatcher::start_in(folder.path());
     ready(&dispatcher, 1);
@@ -201,7 +194,7 @@ fn a_removed_pool_gives_its_address_up() {
 #[test]
 fn policies_apply() {
     let Some(cgroup) = enter().then(Cgroup::new).flatten() else { return };
-    let keepers = [("a", 9001), ("b", 9002)].map(|(name, port)| cgroup.keeper(name, port));
+    let keepers = [("a", 9001), ("b", 9002)].map(|(name, port)| keeper(&cgroup, name, port));
     let members = [
         cgroup.member("a", 9001),
         "priority = 2\n".to_owned(),

@@ -98,13 +98,29 @@ pub fn run(words: &[&str]) -> bool {
     true
 }
 
+/// A directory with a bpffs.
+pub struct Bpffs(TempDir);
+
+impl Bpffs {
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Bpffs {
+    /// A directory on which something is mounted could not be removed.
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(self.path()).status();
+    }
+}
+
 /// A directory in which the calling thread, and what it starts, sees a bpffs of its own.
-pub fn bpffs() -> TempDir {
+pub fn bpffs() -> Bpffs {
     let folder = tempfile::tempdir().unwrap();
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
     run(&["mount", "--make-rprivate", "/"]);
     run(&["mount", "-t", "bpf", "bpf", folder.path().to_str().unwrap()]);
-    folder
+    Bpffs(folder)
 }
 
 /// Connects, and waits for the first bytes.

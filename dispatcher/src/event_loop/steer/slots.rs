@@ -91,6 +91,12 @@ impl EventLoop {
     /// The core has decided how the kernel is to treat a worker.
     pub(in crate::event_loop) fn steer(&mut self, worker: WorkerId, settings: SteerSettings) {
         let Some(&slot) = self.steers.workers.get(&worker) else { return };
+        // Decided before the slot was freed, or before another worker got it: what is written now
+        // would stay, or would be about that one.
+        let io = self.steers.slots.get(&slot);
+        if io.is_none_or(|io| io.worker != Some(worker)) {
+            return;
+        }
         let pool = self.steers.pools.get_mut(&slot.pool);
         let Some(opened) = pool.and_then(|pool| pool.opened.as_mut()) else { return };
         if let Some(io) = self.steers.slots.get_mut(&slot) {

@@ -31,6 +31,9 @@ const TICK: Duration = Duration::from_millis(100);
 /// How often listeners are compared with the kernel's list of them, in ticks.
 const VERIFY: u32 = 10;
 
+/// In so many ticks two comparisons have found the end of a listener.
+const ENDS_SEEN: u32 = 2 * VERIFY + 5;
+
 /// How often counts are compared with the kernel's list of all sockets, in ticks.
 const RECONCILE: u32 = 300;
 
@@ -70,6 +73,8 @@ pub(super) struct Known {
     problem: Option<String>,
     /// Why the listener that it had before is not registered.
     not_adopted: Option<String>,
+    /// How often in succession its registered listener was found closed.
+    lost: u32,
     /// Nothing holds it: it is removed when it is free.
     pub(super) freed: bool,
     /// Its process shares its port.
@@ -321,10 +326,17 @@ impl PoolMaps {
             self.adopt(number);
             return Ok(number);
         }
-        let number = self.free_number()?;
+        let former = if adopt { self.former_number(address)? } else { None };
+        let number = match former {
+            Some(number) => number,
+            None => self.free_number()?,
+        };
         // It is no worker for the kernel before the core decides so.
         let settings = WorkerSettings { draining: 1, ..WorkerSettings::new(1) };
-        self.steering.set_worker(number, settings)?;
+        match former {
+            Some(_) => self.steering.set_former_worker(number, settings)?,
+            None => self.steering.set_worker(number, settings)?,
+        }
         match is_own(address.ip()) {
             true => self.steering.add_port(number, address.port())?,
             false => self.steering.add_address(number, address)?,
@@ -336,11 +348,19 @@ impl PoolMaps {
         Ok(number)
     }
 
+    /// The number of the worker that was removed from here while it listened.
+    fn former_number(&self, address: SocketAddr) -> Result<Option<u32>, Error> {
+        let own =
+            |local: SocketAddr| local.port() == address.port() && is_at(local.ip(), address.ip());
+        let former = self.steering.former_worker(own)?;
+        Ok(former.filter(|number| !self.slots.contains_key(number)))
+    }
+
     /// A number that no worker has.
     pub(super) fn free_number(&self) -> Result<u32, Error> {
-        for candidate in (0..MAX_WORKERS).filter(|number| !self.slots.contains_key(number)) {
-            if self.steering.is_free(candidate)? {
-                return Ok(candidate);
+        for number in (0..MAX_WORKERS).filter(|number| !self.slots.contains_key(number)) {
+            if self.steering.is_free(number)? {
+                return Ok(number);
             }
         }
         Err(Error::Invalid(format!("the pool has {MAX_WORKERS} workers already")))
@@ -381,7 +401,8 @@ impl PoolMaps {
                     Count::ListenersV6 => "IPv6 listeners",
                 };
                 let known = self.slots.get(&it.worker);
-                let at = known.map_or(String::new(), |known| known.address.to_string());
+                let removed = || "a removed worker".to_owned();
+                let at = known.map_or_else(removed, |known| known.address.to_string());
                 format!("{count} of {at} by {:+}", it.change)
             };
             let texts = corrections.iter().map(text).collect();
@@ -425,8 +446,7 @@ impl PoolMaps {
             };
             let counts = self.without_probe(number, counts(&found, now, queued));
             let Some(known) = self.slots.get_mut(&number) else { continue };
-            let not_adopted = known.not_adopted.as_ref().filter(|_| !listens).cloned();
-            let problem = found.problem().or(not_adopted);
+            let problem = known.problem_of(&found, listens);
             if problem != known.problem {
                 known.problem = problem;
                 events.push(SteerEvent::Problem(slot, known.problem.clone()));
@@ -477,8 +497,22 @@ impl Known {
             listens: false,
             problem: None,
             not_adopted: None,
+            lost: 0,
             freed: false,
             shared: None,
+        }
+    }
+
+    /// Why it gets no connections. The end of an adopted listener is not reported, so it seems to be
+    /// open until the comparisons have found its end.
+    fn problem_of(&mut self, found: &WorkerCounts, listens: bool) -> Option<String> {
+        let problem = found.problem();
+        let is_lost = problem.is_some() && found.refused == 0;
+        self.lost = if is_lost { self.lost.saturating_add(1) } else { 0 };
+        let not_adopted = self.not_adopted.as_ref().filter(|_| !listens || is_lost);
+        match not_adopted {
+            Some(reason) => Some(reason.clone()),
+            None => problem.filter(|_| !is_lost || self.lost > ENDS_SEEN),
         }
     }
 }
@@ -509,6 +543,11 @@ fn is_own(ip: IpAddr) -> bool {
     ip.is_loopback() || ip.is_unspecified()
 }
 
+/// Whether a listener at `ip` is one of the worker at `own`, if the port is the same.
+fn is_at(ip: IpAddr, own: IpAddr) -> bool {
+    ip == own || (is_own(ip) && is_own(own))
+}
+
 fn counts(found: &WorkerCounts, second: u32, queued: u64) -> SteerCounts {
     SteerCounts {
         live: u64::try_from(found.live).unwrap_or(0),
@@ -536,7 +575,7 @@ impl Queues {
 
     /// The connections that wait at the listeners of a worker.
     fn of(&self, address: SocketAddr) -> u64 {
-        let own = |ip: &IpAddr| *ip == address.ip() || (is_own(*ip) && is_own(address.ip()));
+        let own = |ip: &IpAddr| is_at(*ip, address.ip());
         let sockets = self.0.get(&address.port());
         sockets
             .into_iter()
