@@ -45,6 +45,10 @@ simulate EVENTS="10000000":
 chaos MINUTES="2":
     cargo run --release -p dispatcher --example chaos -- --minutes {{MINUTES}}
 
+# The same for dispatchers in steer mode, with unmodified servers (root)
+steer-chaos MINUTES="2":
+    cargo run --release -p dispatcher --example steer_chaos -- --minutes {{MINUTES}}
+
 # Run a fuzz target (needs cargo-fuzz, a nightly toolchain and a C++ compiler)
 fuzz TARGET SECONDS="60":
     cargo +nightly fuzz run {{TARGET}} -- -max_total_time={{SECONDS}} -timeout=15

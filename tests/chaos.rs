@@ -13,8 +13,9 @@ fn every_connection_is_answered_once_or_lost_for_a_reason() {
     if !test_support::descriptors(4_000) {
         return;
     }
-    let seed =
-        std::env::var("CHAOS_SEED").ok().map_or_else(chaos::any_seed, |seed| seed.parse().unwrap());
+    let seed = std::env::var("CHAOS_SEED")
+        .ok()
+        .map_or_else(test_support::chaos::any_seed, |seed| seed.parse().unwrap());
     // Two minutes in CI.
     let seconds =
         std::env::var("CHAOS_SECONDS").ok().map_or(20, |seconds| seconds.parse().unwrap());

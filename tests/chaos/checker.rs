@@ -118,7 +118,7 @@ impl Evidence<'_> {
         };
         match &story.end {
             End::Served | End::Abandoned => Ok(None),
-            End::Wrong(what) => Err(what.clone()),
+            End::Wrong(what) | End::Refused(what) => Err(what.clone()),
             End::Cut(how) => match (taker, story.answered_by) {
                 (Some(taker), Some(answered)) if taker == answered as usize && killed(taker) => {
                     Ok(None)

@@ -4,13 +4,16 @@ use std::collections::HashSet;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, socket};
+use nix::sys::socket::sockopt::TcpRepair;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket,
+};
 use simulator::Random;
 
-use super::protocol::{address_of, checksum, now, number_of, question};
+use super::protocol::{STAY, checksum, now, number_of, question, source_of};
 
 /// A client that waits this long has been forgotten.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -32,6 +35,10 @@ pub enum Kind {
     CloseUnread,
     /// Resets without sending.
     Silent,
+    /// Stays for as long as the test wants.
+    Stay,
+    /// Vanishes without a segment, asked or not: the worker has to give it up.
+    Vanish,
 }
 
 /// How a connection ended, as its client saw it.
@@ -45,6 +52,8 @@ pub enum End {
     Cut(String),
     /// Cut by another party before an answer.
     Lost(String),
+    /// Not connected.
+    Refused(String),
     /// A result that must never happen.
     Wrong(String),
 }
@@ -54,6 +63,7 @@ pub enum End {
 pub struct Story {
     pub id: u32,
     pub kind: Kind,
+    pub to: SocketAddr,
     pub began: u64,
     pub ended: u64,
     /// The worker that answered.
@@ -61,12 +71,35 @@ pub struct Story {
     pub end: End,
 }
 
+/// What it means if a client is not let in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// A fault of the test.
+    Never,
+    /// The listener is not always there: it is counted.
+    Counted,
+    /// The checker must find a reason.
+    Told,
+}
+
+/// An address to which clients connect.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    pub address: SocketAddr,
+    pub refusal: Refusal,
+}
+
 /// What all clients share.
 pub struct Clients {
-    pub address: SocketAddr,
-    /// The address of a listener that is added and removed.
-    pub extra: SocketAddr,
-    pub stop: AtomicBool,
+    /// Each is as likely as the others.
+    pub targets: Vec<Target>,
+    /// Some clients vanish.
+    pub vanish: bool,
+    pub stop: Arc<AtomicBool>,
+    /// No client begins anything.
+    pub paused: AtomicBool,
+    /// Clients that are not idle.
+    pub busy: AtomicU32,
     next: AtomicU32,
     told: Mutex<Told>,
 }
@@ -89,6 +122,7 @@ pub struct Told {
 struct Open {
     id: u32,
     kind: Kind,
+    to: SocketAddr,
     began: u64,
     text: String,
     stream: TcpStream,
@@ -97,11 +131,13 @@ struct Open {
 }
 
 impl Clients {
-    pub fn new(address: SocketAddr, extra: SocketAddr) -> Clients {
+    pub fn new(targets: Vec<Target>) -> Clients {
         Clients {
-            address,
-            extra,
-            stop: AtomicBool::new(false),
+            targets,
+            vanish: false,
+            stop: Arc::default(),
+            paused: AtomicBool::new(false),
+            busy: AtomicU32::new(0),
             next: AtomicU32::new(0),
             told: Mutex::default(),
         }
@@ -126,30 +162,43 @@ impl Clients {
     pub fn work(&self, seed: u64) {
         let mut random = Random::new(seed);
         while !self.stop.load(Ordering::SeqCst) {
-            match random.below(100) {
-                0..55 => self.visit(Kind::Plain, &mut random),
-                55..68 => self.visit(Kind::Hold, &mut random),
-                68..79 => self.visit(Kind::HalfClose, &mut random),
-                79..81 => self.crowd(&mut random),
-                81..88 => self.visit(Kind::Reset, &mut random),
-                88..94 => self.visit(Kind::CloseUnread, &mut random),
-                _ => self.visit(Kind::Silent, &mut random),
+            self.busy.fetch_add(1, Ordering::SeqCst);
+            if !self.paused.load(Ordering::SeqCst) {
+                self.once(&mut random);
             }
+            self.busy.fetch_sub(1, Ordering::SeqCst);
             pause(&mut random, 30);
         }
     }
 
+    fn once(&self, random: &mut Random) {
+        match random.below(100) {
+            0 | 1 if self.vanish => self.visit(Kind::Vanish, random),
+            0..55 => self.visit(Kind::Plain, random),
+            55..68 => self.visit(Kind::Hold, random),
+            68..79 => self.visit(Kind::HalfClose, random),
+            79..81 => self.crowd(random),
+            81..88 => self.visit(Kind::Reset, random),
+            88..94 => self.visit(Kind::CloseUnread, random),
+            _ => self.visit(Kind::Silent, random),
+        }
+    }
+
     fn visit(&self, kind: Kind, random: &mut Random) {
-        let address = if random.below(5) == 0 { self.extra } else { self.address };
-        if let Some(open) = self.open(kind, address, random) {
+        if let Some(open) = self.open(kind, self.any(random), random) {
             self.finish(open, random);
         }
     }
 
+    fn any(&self, random: &mut Random) -> Target {
+        self.targets[random.below(self.targets.len() as u64) as usize]
+    }
+
     fn crowd(&self, random: &mut Random) {
         let count = 2 + random.below(30);
+        let to = self.steady(random);
         let crowd: Vec<Open> =
-            (0..count).filter_map(|_| self.open(Kind::Crowd, self.address, random)).collect();
+            (0..count).filter_map(|_| self.open(Kind::Crowd, to, random)).collect();
         // A serial worker serves one of them to its end before it takes the next: each must end
         // without the others.
         let mut crowd = crowd;
@@ -160,41 +209,82 @@ impl Clients {
         crowd.into_iter().for_each(|open| self.finish(open, random));
     }
 
+    /// A listener that is always there.
+    fn steady(&self, random: &mut Random) -> Target {
+        loop {
+            let target = self.any(random);
+            if target.refusal != Refusal::Counted {
+                return target;
+            }
+        }
+    }
+
     /// A connection that must be answered.
     pub fn must_be_served(&self, random: &mut Random) {
-        if let Some(open) = self.open(Kind::Plain, self.address, random) {
+        let to = self.steady(random).address;
+        self.must_be_served_at(to, random);
+    }
+
+    /// Opens a connection that stays until it is dropped. It may be in an accept queue.
+    pub fn hold(&self, target: Target, random: &mut Random) -> Result<TcpStream, String> {
+        let Some(open) = self.open(Kind::Stay, target, random) else {
+            return Err(format!("{} let no client in", target.address));
+        };
+        let Open { id, kind, to, began, mut stream, .. } = open;
+        let asked = stream.write_all(question(id, STAY).as_bytes());
+        let end = match &asked {
+            Ok(()) => End::Abandoned,
+            Err(error) => End::Lost(format!("while asking: {error}")),
+        };
+        self.tell(Story { id, kind, to, began, ended: now(), answered_by: None, end });
+        asked.map(|()| stream).map_err(|error| format!("connection {id}: {error}"))
+    }
+
+    /// A connection that must be answered, at this address.
+    pub fn must_be_served_at(&self, address: SocketAddr, random: &mut Random) {
+        let to = Target { address, refusal: Refusal::Never };
+        if let Some(open) = self.open(Kind::Plain, to, random) {
             self.finish(open, random);
         }
     }
 
-    fn open(&self, kind: Kind, address: SocketAddr, random: &mut Random) -> Option<Open> {
+    fn open(&self, kind: Kind, target: Target, random: &mut Random) -> Option<Open> {
+        let Target { address: to, refusal } = target;
         let id = self.next.fetch_add(1, Ordering::SeqCst);
         let text = (0..random.below(12)).map(|_| format!("{:x}", random.number())).collect();
         let began = now();
-        let stream = match connect_from(id, address) {
-            Ok(stream) => stream,
-            Err(_) if address == self.extra => {
+        let stream = match (connect_from(id, to), refusal) {
+            (Ok(stream), _) => stream,
+            (Err(_), Refusal::Counted) => {
                 self.told().refused += 1;
                 return None;
             }
-            Err(error) => panic!("connection {id}: {error}"),
+            (Err(error), Refusal::Told) => {
+                let end = End::Refused(error.to_string());
+                self.tell(Story { id, kind, to, began, ended: now(), answered_by: None, end });
+                return None;
+            }
+            (Err(error), Refusal::Never) => panic!("connection {id} to {to}: {error}"),
         };
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        Some(Open { id, kind, began, text, stream, asked: None })
+        Some(Open { id, kind, to, began, text, stream, asked: None })
     }
 
     fn finish(&self, open: Open, random: &mut Random) {
-        let Open { id, kind, began, .. } = open;
+        let Open { id, kind, to, began, .. } = open;
         let mut answered_by = None;
         let end = converse(open, &mut answered_by, random).err().unwrap_or(End::Served);
-        let story = Story { id, kind, began, ended: now(), answered_by, end };
+        self.tell(Story { id, kind, to, began, ended: now(), answered_by, end });
+    }
+
+    fn tell(&self, story: Story) {
         let mut told = self.told();
-        *told.kinds.entry(kind).or_default() += 1;
-        told.answering.extend(answered_by);
-        match (&story.end, answered_by) {
+        *told.kinds.entry(story.kind).or_default() += 1;
+        told.answering.extend(story.answered_by);
+        match (&story.end, story.answered_by) {
             (End::Served, Some(worker)) => {
-                let index = id as usize;
+                let index = story.id as usize;
                 if told.served.len() <= index {
                     told.served.resize(index + 1, 0);
                 }
@@ -217,6 +307,13 @@ fn converse(open: Open, answered_by: &mut Option<u32>, random: &mut Random) -> R
     let Open { id, kind, text, stream, asked, .. } = open;
     if kind == Kind::Silent {
         reset(stream);
+        return Err(End::Abandoned);
+    }
+    if kind == Kind::Vanish {
+        if random.below(2) == 0 {
+            let _ = ask(&stream, id, &text, random);
+        }
+        vanish(stream);
         return Err(End::Abandoned);
     }
     let asked = asked.unwrap_or_else(|| ask(&stream, id, &text, random));
@@ -350,16 +447,20 @@ fn client_hello(host: &str) -> Vec<u8> {
 }
 
 fn connect_from(id: u32, address: SocketAddr) -> std::io::Result<TcpStream> {
-    let SocketAddr::V4(address) = address else { panic!("an IPv4 listener") };
-    let socket =
-        socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
-    let from = std::net::SocketAddrV4::new(address_of(id), 0);
-    bind(std::os::fd::AsRawFd::as_raw_fd(&socket), &SockaddrIn::from(from)).unwrap();
-    connect(std::os::fd::AsRawFd::as_raw_fd(&socket), &SockaddrIn::from(address))?;
+    let family = if address.is_ipv6() { AddressFamily::Inet6 } else { AddressFamily::Inet };
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    let from = SocketAddr::new(source_of(id, address.is_ipv6()), 0);
+    bind(std::os::fd::AsRawFd::as_raw_fd(&socket), &SockaddrStorage::from(from)).unwrap();
+    connect(std::os::fd::AsRawFd::as_raw_fd(&socket), &SockaddrStorage::from(address))?;
     Ok(TcpStream::from(socket))
 }
 
 fn reset(stream: TcpStream) {
     let now = Some(Duration::ZERO);
     let _ = rustix::net::sockopt::set_socket_linger(&stream, now);
+}
+
+/// Closes without a segment, as a machine that is switched off. Needs `CAP_NET_ADMIN`.
+fn vanish(stream: TcpStream) {
+    setsockopt(&stream, TcpRepair, &1).unwrap();
 }

@@ -47,7 +47,7 @@ fn main() -> ExitCode {
     let this = std::env::current_exe().unwrap();
     let options = Options {
         faults_for: Duration::from_secs_f64(arguments.minutes * 60.0),
-        seed: arguments.seed.unwrap_or_else(chaos::any_seed),
+        seed: arguments.seed.unwrap_or_else(test_support::chaos::any_seed),
         clients: arguments.clients,
         only_dispatcher: arguments.only_dispatcher,
         programs: Programs { dispatcher: this.clone(), worker: this },

@@ -7,6 +7,7 @@
 //! stop, every client is served, and the dispatcher has no more descriptors than before.
 
 mod checker;
+#[allow(dead_code, reason = "shared with the chaos of steered pools")]
 mod client;
 mod configuration;
 mod nemesis;
@@ -16,17 +17,18 @@ pub mod protocol;
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use checker::{Evidence, Verdict};
-use client::Clients;
+use client::{Clients, Refusal, Target};
 use dispatcher::api::status::Status;
 use nemesis::{Nemesis, What};
 use simulator::Random;
 
+use test_support::chaos::{OnDrop, tail};
 use test_support::{Process, assert_conserved, configure, http_get, wait_for, write_config};
 
 /// The faults and the duration.
@@ -43,13 +45,6 @@ pub struct Options {
 pub struct Programs {
     pub dispatcher: PathBuf,
     pub worker: PathBuf,
-}
-
-pub fn any_seed() -> u64 {
-    let mut bytes = [0; 8];
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()).unwrap();
-    // Short enough to type again.
-    u64::from_ne_bytes(bytes) % 1_000_000_000
 }
 
 /// What clients, nemesis and sampler share.
@@ -133,6 +128,7 @@ pub fn run(options: &Options) -> bool {
     let listener = listen();
     let address = listener.local_addr().unwrap();
     let extra = free_address();
+    let extra_target = Target { address: extra, refusal: Refusal::Counted };
     let run = Run {
         programs: Programs {
             dispatcher: options.programs.dispatcher.clone(),
@@ -140,7 +136,10 @@ pub fn run(options: &Options) -> bool {
         },
         directory: temp.path().to_owned(),
         listener,
-        clients: Clients::new(address, extra),
+        // One client in five comes to the listener that is added and removed.
+        clients: Clients::new(
+            [[Target { address, refusal: Refusal::Never }; 4].as_slice(), &[extra_target]].concat(),
+        ),
         only_dispatcher: options.only_dispatcher,
         extra,
     };
@@ -226,15 +225,6 @@ pub fn run(options: &Options) -> bool {
         println!("kept: {}", temp.keep().display());
     }
     good
-}
-
-/// Runs a closure at the end of a scope, so that threads end even when something panics.
-struct OnDrop<F: FnMut()>(F);
-
-impl<F: FnMut()> Drop for OnDrop<F> {
-    fn drop(&mut self) {
-        (self.0)();
-    }
 }
 
 /// Tables that were used once keep their memory: less growth than this, in KiB, is no leak.
@@ -372,12 +362,4 @@ fn report(
     }
     tail(&evidence.directory.join("worker-log"), 20);
     tail(&evidence.directory.join("log"), 60);
-}
-
-fn tail(path: &Path, lines: usize) {
-    let text = std::fs::read(path).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    println!("--- the last of {}:", path.display());
-    let skip = text.lines().count().saturating_sub(lines);
-    text.lines().skip(skip).for_each(|line| println!("{line}"));
 }

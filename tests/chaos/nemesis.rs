@@ -3,8 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,7 +12,8 @@ use simulator::Random;
 
 use super::protocol::{SPAWNED, now};
 use super::{Run, configuration};
-use test_support::{Process, wait_until, write_config};
+use test_support::chaos::replace_config;
+use test_support::{Process, http_post, wait_until};
 
 /// The timeout of handoffs; some stops are shorter, some longer.
 pub const HANDOFF_TIMEOUT: Duration = Duration::from_millis(200);
@@ -176,9 +175,9 @@ impl<'a> Nemesis<'a> {
 
     /// Every worker gets connections again.
     pub fn reload(&mut self) {
-        wait_until("a reload", || post(&self.run.admin(), "/v1/reload", "{}"));
+        wait_until("a reload", || http_post(&self.run.admin(), "/v1/reload", "{}"));
         wait_until("a resumption", || {
-            post(&self.run.admin(), "/v1/workers", "{\"action\": \"resume\"}")
+            http_post(&self.run.admin(), "/v1/workers", "{\"action\": \"resume\"}")
         });
     }
 
@@ -236,10 +235,7 @@ impl<'a> Nemesis<'a> {
         else {
             return 0;
         };
-        let path = format!("/proc/{}/status", process.pid());
-        let status = std::fs::read_to_string(path).unwrap_or_default();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+        process.memory()
     }
 
     fn did(&mut self, what: What, worker: Option<usize>) -> u64 {
@@ -372,15 +368,7 @@ impl<'a> Nemesis<'a> {
         let run = self.run;
         let worker = &run.programs.worker;
         let text = configuration::any(&mut self.random, run.extra, worker, &run.directory);
-        // Atomically: the file may be read at any moment.
-        let part = run.directory.join("part");
-        std::fs::create_dir_all(&part).unwrap();
-        write_config(&part, &text);
-        let text = std::fs::read_to_string(part.join("dispatcher.toml")).unwrap();
-        let text = text.replace(part.to_str().unwrap(), run.directory.to_str().unwrap());
-        std::fs::write(part.join("dispatcher.toml"), text).unwrap();
-        std::fs::rename(part.join("dispatcher.toml"), run.directory.join("dispatcher.toml"))
-            .unwrap();
+        replace_config(&run.directory, &text);
         self.did(What::Reload, None);
         // A stopped dispatcher could not be continued from here otherwise.
         if let Dispatcher::Up { process, stopped_until: None } = &self.dispatcher
@@ -408,7 +396,7 @@ impl<'a> Nemesis<'a> {
         };
         self.did(What::Command, None);
         // The dispatcher may be stopped at this moment.
-        std::thread::spawn(move || post(&admin, &path, &body));
+        std::thread::spawn(move || http_post(&admin, &path, &body));
     }
 
     fn kill_spawned(&mut self) {
@@ -511,24 +499,6 @@ impl<'a> Nemesis<'a> {
             self.did(What::DispatcherStop, None);
         }
     }
-}
-
-/// Whether a command was carried out.
-fn post(admin: &Path, path: &str, body: &str) -> bool {
-    let answer = || -> std::io::Result<String> {
-        let mut stream = UnixStream::connect(admin)?;
-        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-        write!(
-            stream,
-            "POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n\
-             Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
-            body.len()
-        )?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        Ok(text)
-    };
-    answer().is_ok_and(|text| text.starts_with("HTTP/1.1 200 "))
 }
 
 /// Passes the listening socket as descriptor 3, as a service manager does.

@@ -1,16 +1,20 @@
 //! The protocol between clients and workers of the chaos test, and how a connection is identified.
 //!
-//! A connection's id is in the client's address, 127.x.y.z, so a worker can record what it took
-//! before it has read a byte.
+//! A connection's id is in the client's address, 127.x.y.z or [`NETWORK`], so a worker can record
+//! what it took before it has read a byte.
 
 #![allow(dead_code)] // the test does not answer, the worker does not ask
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use worker_sdk::PeerAddr;
 
 /// 127.0.0.0/16 is reserved: the listener uses it.
 const FIRST: u32 = u32::from_be_bytes([127, 1, 0, 0]);
+
+/// Clients of IPv6 have addresses of this network; the id is in the last 32 bits.
+pub const NETWORK: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xc, 0, 0, 0, 0, 0, 0);
 
 /// The number of ids.
 pub const MOST: u32 = 0x00fe_0000;
@@ -18,6 +22,24 @@ pub const MOST: u32 = 0x00fe_0000;
 pub fn address_of(id: u32) -> Ipv4Addr {
     assert!(id < MOST, "out of connection ids; run it for less long");
     Ipv4Addr::from(FIRST + id)
+}
+
+/// The address of a client that connects to one of the same family.
+pub fn source_of(id: u32, is_v6: bool) -> IpAddr {
+    match is_v6 {
+        false => address_of(id).into(),
+        true => Ipv6Addr::from(u128::from(NETWORK) | u128::from(id)).into(),
+    }
+}
+
+/// The id of a client at either family.
+pub fn id_from(address: IpAddr) -> Option<u32> {
+    match address.to_canonical() {
+        IpAddr::V4(address) => id_at(address),
+        IpAddr::V6(address) => {
+            u32::try_from(u128::from(address).checked_sub(u128::from(NETWORK))?).ok()
+        }
+    }
 }
 
 pub fn id_at(address: Ipv4Addr) -> Option<u32> {
@@ -69,6 +91,34 @@ pub fn answer(name: &str, id: Option<u32>, line: &str) -> String {
     let id = id.map_or_else(|| "none".to_owned(), |id| id.to_string());
     let agreed = if said == id { "" } else { " from-another-connection" };
     format!("{name} {id} {:08x}{agreed}\n", checksum(text))
+}
+
+/// The question of a client that says nothing more for a long time.
+pub const STAY: &str = "stay";
+
+/// Answers questions until the client ends; `stays` is called for [`STAY`].
+pub fn serve<'a, S>(
+    stream: &'a S,
+    name: &str,
+    id: Option<u32>,
+    stays: impl Fn(),
+) -> std::io::Result<()>
+where
+    &'a S: Read + Write,
+{
+    let mut reader = BufReader::new(stream);
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line)? > 0 {
+        if let Some(question) = asked(&line) {
+            if question.ends_with(STAY) {
+                stays();
+            }
+            let text = answer(name, id, &question);
+            reader.get_mut().write_all(text.as_bytes())?;
+        }
+        line.clear();
+    }
+    Ok(())
 }
 
 /// Microseconds of a clock that all processes share.

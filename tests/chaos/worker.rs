@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
@@ -19,7 +19,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
 use worker_sdk::mio::MioWorker;
 use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
 
-use crate::chaos::protocol::{answer, asked, id_of, now};
+use crate::chaos::protocol::{self, answer, asked, id_of, now};
 use crate::hostile;
 use simulator::Random;
 
@@ -174,17 +174,8 @@ fn nothing(config: WorkerConfig) {
 }
 
 fn serve(connection: Connection, id: Option<u32>) {
-    let mut reader = BufReader::new(&connection);
-    let mut line = Vec::new();
-    while reader.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
-        if let Some(question) = asked(&line) {
-            let text = answer(&NAME, id, &question);
-            if (&connection).write_all(text.as_bytes()).is_err() {
-                return;
-            }
-        }
-        line.clear();
-    }
+    // The client may have gone.
+    let _ = protocol::serve(&connection, &NAME, id, || {});
 }
 
 fn tokio(config: WorkerConfig) {

@@ -6,7 +6,9 @@
 #![allow(missing_debug_implementations, reason = "only tests use these")]
 
 pub mod browser;
+pub mod chaos;
 pub mod fake_dispatcher;
+pub mod forger;
 pub mod peer;
 pub mod reloading;
 pub mod shown;
@@ -150,6 +152,14 @@ impl Process {
         // Fails if the process has just ended.
         let pid = rustix::process::Pid::from_raw(self.pid());
         let _ = rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit);
+    }
+
+    /// Memory of the process, in KiB.
+    pub fn memory(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.pid());
+        let status = std::fs::read_to_string(path).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
     }
 
     /// Open descriptors of the process.
@@ -434,6 +444,24 @@ pub fn http_get(socket: &Path, path: &str) -> std::io::Result<(u16, String)> {
     let (head, body) = text.split_once("\r\n\r\n").ok_or_else(invalid)?;
     let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).ok_or_else(invalid)?;
     Ok((code, body.to_owned()))
+}
+
+/// Sends a command to an admin socket; whether it was carried out.
+pub fn http_post(socket: &Path, path: &str, body: &str) -> bool {
+    let answer = || -> std::io::Result<String> {
+        let mut stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        write!(
+            stream,
+            "POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n\
+             Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
+            body.len()
+        )?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    };
+    answer().is_ok_and(|text| text.starts_with("HTTP/1.1 200 "))
 }
 
 /// A client of a test worker: it has read the worker's greeting, `NAME PID LISTENER PEER`.
