@@ -121,6 +121,71 @@ fn one_command_serves_evenly_and_stops_in_order() {
     assert!(TcpStream::connect(PUBLIC).is_err());
 }
 
+/// Commands find the only one that runs, and name the paths of several.
+#[test]
+fn commands_find_it_without_a_path() {
+    if !enter() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let status = || {
+        let mut command = Command::new(dispatcher_bin());
+        command.arg("status").env("XDG_RUNTIME_DIR", dir.path()).env_remove("DISPATCHER_ADMIN");
+        let Output { status, stdout, stderr } = command.output().unwrap();
+        (status.code(), String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned())
+    };
+    let start = |port: &str| {
+        let mut command = Command::new(dispatcher_bin());
+        command.args(["serve", "--workers", "1", "--name", &format!("p{port}"), "--listen", port]);
+        command.args(["--", "python3", "-c", &KEEPER.replace('{', "{{").replace('}', "}}")]);
+        command.args(["{addr}", "{port}"]).env("XDG_RUNTIME_DIR", dir.path());
+        command.env_remove("NOTIFY_SOCKET").stdin(Stdio::null()).stdout(Stdio::null());
+        let process = Process::start("serve", command.stderr(Stdio::null()));
+        let at = (std::net::Ipv4Addr::LOCALHOST, port.trim_start_matches(':').parse().unwrap());
+        wait_until("a client to be served", || {
+            let stream = TcpStream::connect(at);
+            stream.is_ok_and(|mut stream| stream.read_exact(&mut [0; 6]).is_ok())
+        });
+        process
+    };
+    let _first = start("8000");
+    let (code, text) = status();
+    assert!(code == Some(0) && text.contains("p8000"), "{text}");
+    let mut second = start(":8001");
+    let (code, text) = status();
+    assert_eq!((code, text.matches("--admin ").count()), (Some(64), 2), "{text}");
+    // The socket that a killed one leaves is no running one.
+    second.kill();
+    let (code, text) = status();
+    assert!(code == Some(0) && text.contains("p8000"), "{text}");
+}
+
+/// IPv4 and IPv6 at the same port.
+#[test]
+fn it_serves_both_families() {
+    if !enter() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let program = "import socket, sys\n\
+                   family = socket.AF_INET6 if ':' in sys.argv[1] else socket.AF_INET\n\
+                   listener = socket.socket(family)\n\
+                   listener.bind((sys.argv[1], int(sys.argv[2])))\n\
+                   listener.listen()\n\
+                   while True: listener.accept()[0].sendall(b'hello ')\n";
+    let mut command = Command::new(dispatcher_bin());
+    command.args(["serve", "--workers", "2", "--listen", "8000", "--listen", "[::1]:8000", "--"]);
+    command.args(["python3", "-c", program, "{addr}", "{port}"]);
+    command.env_remove("NOTIFY_SOCKET").env("XDG_RUNTIME_DIR", dir.path()).stdin(Stdio::null());
+    let _process = Process::start("serve", command.stdout(Stdio::null()).stderr(Stdio::null()));
+    for address in ["127.0.0.1:8000", "[::1]:8000"] {
+        wait_until("a client to be served", || {
+            let stream = TcpStream::connect(address);
+            stream.is_ok_and(|mut stream| stream.read_exact(&mut [0; 6]).is_ok())
+        });
+    }
+}
+
 #[test]
 fn it_ends_with_its_terminal() {
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};

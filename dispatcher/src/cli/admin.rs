@@ -8,13 +8,16 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{AdminArgs, Exit, Failure};
+use super::{AdminArgs, Exit, Failure, private};
 use crate::admin::client::{self, ClientError};
 use crate::api::command::Problem;
 use crate::config::{Config, DEFAULT_ADMIN_SOCKET, DEFAULT_FILE, UnixSource};
 
 /// Environment variable with the path of the admin socket.
 const VARIABLE: &str = "DISPATCHER_ADMIN";
+
+/// `from` of the usual path.
+const DEFAULT: &str = "default";
 
 /// Prefix of `from` when a configuration file gave the path.
 const FROM_FILE: &str = "config ";
@@ -40,9 +43,29 @@ impl AdminEndpoint {
     }
 }
 
-/// Sources in order of precedence: `--admin`, `DISPATCHER_ADMIN`, the configuration, the default.
+/// Sources in order of precedence: `--admin`, `DISPATCHER_ADMIN`, the configuration, the default, and,
+/// where nothing is there, the only `dispatcher serve` of this user.
 pub(super) fn find(arguments: &AdminArgs) -> Result<AdminEndpoint, Failure> {
-    find_with(arguments, std::env::var_os(VARIABLE), Path::new(DEFAULT_FILE))
+    let found = find_with(arguments, std::env::var_os(VARIABLE), Path::new(DEFAULT_FILE))?;
+    if found.from != DEFAULT || found.mistake.is_some() || found.path.exists() {
+        return Ok(found);
+    }
+    of_serve(found, private::running("serve"))
+}
+
+fn of_serve(default: AdminEndpoint, running: Vec<PathBuf>) -> Result<AdminEndpoint, Failure> {
+    match &running[..] {
+        [] => Ok(default),
+        [one] => Ok(AdminEndpoint::new(one, "dispatcher serve")),
+        several => {
+            let mut text = "several `dispatcher serve` run: say which one is meant".to_owned();
+            for path in several {
+                let path = path.display().to_string();
+                text.push_str(&format!("\n  --admin {}", private::quoted(&path)));
+            }
+            Err(Failure::new(Exit::Usage, text))
+        }
+    }
 }
 
 pub(super) fn find_with(
@@ -68,7 +91,7 @@ pub(super) fn find_with(
         // the default path. If it does not, the error shows the mistake in the file first.
         Err(error) => {
             let mistake = error.diagnostic().is_some().then(|| error.to_string());
-            Ok(AdminEndpoint { mistake, ..AdminEndpoint::new(DEFAULT_ADMIN_SOCKET, "default") })
+            Ok(AdminEndpoint { mistake, ..AdminEndpoint::new(DEFAULT_ADMIN_SOCKET, DEFAULT) })
         }
     }
 }
@@ -90,7 +113,7 @@ pub(super) fn endpoints_with(
         && arguments.config.is_none()
         && endpoints[0].path != Path::new(DEFAULT_ADMIN_SOCKET)
     {
-        endpoints.push(AdminEndpoint::new(DEFAULT_ADMIN_SOCKET, "default"));
+        endpoints.push(AdminEndpoint::new(DEFAULT_ADMIN_SOCKET, DEFAULT));
     }
     Ok(endpoints)
 }

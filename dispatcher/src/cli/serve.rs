@@ -28,7 +28,9 @@ Examples:
   dispatcher serve --listen 0.0.0.0:8000 --workers 4 -- uvicorn app:app --host {addr} --port {port}
   dispatcher serve -- uvicorn app:app --fd {fd}
   dispatcher serve -- gunicorn app:app --bind {addr}:{port}
-  dispatcher serve --listen 0.0.0.0:3000 -- env HOST={addr} PORT={port} node server.js
+  dispatcher serve --listen 3000 -- env HOST={addr} PORT={port} node server.js
+  dispatcher serve --listen 8000 -- python3 -m http.server --bind {addr} {port}
+  dispatcher serve --listen 80 -- sh -c 'sed s/PORT/{port}/ nginx.conf.in > {port}.conf && exec nginx -c $PWD/{port}.conf'
   dispatcher serve --print-config -- redis-server --bind {addr} --port {port} > dispatcher.toml";
 
 /// Most processes: each may have a second one that replaces it.
@@ -39,8 +41,9 @@ const POLICIES: [&str; 5] = ["least-connections", "round-robin", "random", "two-
 
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
-    /// The address to which clients connect; may be given several times.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
+    /// The address to which clients connect, or a port of all IPv4 addresses; may be given several
+    /// times.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080", value_parser = address)]
     listen: Vec<SocketAddr>,
     /// The number of processes [default: the number of processors]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=MOST))]
@@ -60,6 +63,17 @@ pub(super) struct ServeArgs {
     /// The program and its arguments, with {addr} and {port}, or {fd}.
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<String>,
+}
+
+/// `8000` and `:8000` stand for `0.0.0.0:8000`. `[::]:8000` would keep IPv4 clients from servers whose
+/// IPv6 listeners refuse them, such as those of asyncio.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let port = text.strip_prefix(':').unwrap_or(text);
+    if !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()) {
+        let port = port.parse().map_err(|_| format!("there is no port {port}"))?;
+        return Ok(SocketAddr::from(([0, 0, 0, 0], port)));
+    }
+    text.parse().map_err(|_| "write 8000, 127.0.0.1:8000 or [::]:8000".to_owned())
 }
 
 pub(super) fn serve(arguments: &ServeArgs) -> Result<(), Failure> {
@@ -359,6 +373,16 @@ mod tests {
         assert!(message.contains("serve -- 'a b' --host {addr} --port {port}"), "{message}");
         let (exit, message) = wants(&["a", "{port}", "{fd}"]).expect_err("two ways");
         assert!(exit == Exit::Usage && message.contains("not both"), "{message}");
+    }
+
+    #[test]
+    fn a_port_is_one_of_all_ipv4_addresses() {
+        let listen = |text: &str| line(&["--listen", text, "--", "x"]).listen[0].to_string();
+        assert_eq!([listen("8000"), listen(":8000")], ["0.0.0.0:8000", "0.0.0.0:8000"]);
+        assert_eq!([listen("[::]:80"), listen("127.0.0.1:80")], ["[::]:80", "127.0.0.1:80"]);
+        for text in ["", ":", "65536", ":x", "host:80", "::1"] {
+            assert!(address(text).is_err(), "{text}");
+        }
     }
 
     #[test]
