@@ -1,5 +1,5 @@
-//! Machines without the kernel's programs: processes that inherit their listeners start all the same,
-//! and the kernel's own hash spreads connections over them.
+//! Machines without the kernel's programs: processes that inherit their listeners start all the
+//! same, and the kernel's own hash spreads connections over them.
 
 use std::collections::HashMap;
 use std::fs::File;

@@ -1,5 +1,5 @@
-//! Listeners of a shared port without a program: the kernel's own hash of the addresses chooses among
-//! them. No privilege is needed.
+//! Listeners of a shared port without a program: the kernel's own hash of the addresses chooses
+//! among them. No privilege is needed.
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;

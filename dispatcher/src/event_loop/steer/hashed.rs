@@ -1,14 +1,14 @@
 //! Pools with shared ports where the kernel's programs cannot be loaded (`fallback = "hash"`): the
 //! kernel's own hash of the addresses spreads connections over the processes.
 //!
-//! There are no programs, maps or pins. The thread opens the listeners of each place of the pool, and
-//! has a duplicate of each: so a process that replaces another one inherits the same queue, and
+//! There are no programs, maps or pins. The thread opens the listeners of each place of the pool,
+//! and has a duplicate of each: so a process that replaces another one inherits the same queue, and
 //! nothing in it is lost. While a place has no process, its clients wait for the next one, at most
 //! `wait_for_worker`.
 //!
-//! Nothing tells that such a process accepts. So the first process of a place is a worker as soon as it
-//! runs; one that replaces a process that still runs, when it has accepted a connection or has run for
-//! a while. Its connections are counted by samples ([`sample`](super::sample)).
+//! Nothing tells that such a process accepts. So the first process of a place is a worker as soon
+//! as it runs; one that replaces a process that still runs, when it has accepted a connection or
+//! has run for a while. Its connections are counted by samples ([`sample`](super::sample)).
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
@@ -77,8 +77,8 @@ struct HashedSlot {
 }
 
 impl SteerThread {
-    /// Attaches the programs of a pool. Where that is not possible, the kernel's hash chooses if the
-    /// pool allows it.
+    /// Attaches the programs of a pool. Where that is not possible, the kernel's hash chooses if
+    /// the pool allows it.
     pub(super) fn open(&mut self, spec: PoolSpec) -> Result<Opened, String> {
         let id = spec.pool;
         let by_hash = spec.hash.then(|| spec.clone());
@@ -211,8 +211,8 @@ impl HashedPool {
         Ok((number, address, listeners))
     }
 
-    /// Duplicates of the listeners of a place: those that it has, those that wait for any process, or
-    /// new ones.
+    /// Duplicates of the listeners of a place: those that it has, those that wait for any process,
+    /// or new ones.
     fn inherit(&mut self, place: u32) -> Result<Vec<(String, OwnedFd)>, Error> {
         if !self.sets.contains_key(&place) {
             let waiting = self.sets.iter().find(|(_, set)| set.left.is_some());
@@ -348,8 +348,8 @@ impl HashedSlot {
     /// What is known now of a process that has these connections, and with so many in its queue.
     ///
     /// Connections that begin and end between two counts are not seen. So the sum is the least that
-    /// is possible: those that were not there before, and those in the queue that cannot be the ones
-    /// of before, because only `stay` of all that waited still wait.
+    /// is possible: those that were not there before, and those in the queue that cannot be the
+    /// ones of before, because only `stay` of all that waited still wait.
     fn counted(&mut self, has: HashSet<u64>, queued: u64, stay: u64) -> SteerCounts {
         let before = self.counts;
         let new = has.difference(&self.had).count() as u64;

@@ -1,5 +1,5 @@
-//! The connections of processes, without programs in the kernel: its list of sockets, matched with the
-//! descriptors of the processes. No privilege is needed for processes of the same user.
+//! The connections of processes, without programs in the kernel: its list of sockets, matched with
+//! the descriptors of the processes. No privilege is needed for processes of the same user.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
