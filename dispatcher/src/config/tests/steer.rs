@@ -330,8 +330,8 @@ fn each_way_of_listening_has_its_own_fallback() {
         "fallback = \"hash\"",
     );
     key_refused("fallback = ‹\"hash\"›", "only among listeners that processes inherit", "{fd}");
-    let error = Config::parse(&format!("{STEERED}fallback = \"no\"\n{heirs}"), "x");
-    assert!(error.expect_err("refused").to_string().contains("`hash`"));
+    let unknown = format!("{STEERED}fallback = \"no\"\n{heirs}");
+    assert!(Config::parse(&unknown, "x").is_err());
 }
 
 #[test]
