@@ -272,6 +272,23 @@ impl Steering {
         own.map(|(_, listener)| listener.queue_len()).sum()
     }
 
+    /// The inodes of the listeners of a worker, as in `/proc/PID/fd`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::System`] if the kernel fails.
+    pub fn listener_inodes(&self, worker: u32) -> Result<Vec<u64>, Error> {
+        check_worker(worker)?;
+        let failed = |error: rustix::io::Errno| Error::System {
+            step: "look at a listener",
+            error: error.into(),
+        };
+        let Some(shared) = &self.shared else { return Ok(Vec::new()) };
+        let own = shared.listeners.range((worker, 0)..=(worker, u32::MAX));
+        own.map(|(_, listener)| Ok(rustix::fs::fstat(&listener.fd).map_err(failed)?.st_ino))
+            .collect()
+    }
+
     /// Connections that went from the queue of one worker to another one.
     ///
     /// # Errors

@@ -215,6 +215,63 @@ fn the_queue_of_a_hanging_worker_is_moved() {
     assert_eq!(pid_of(&dispatcher, "web-1"), hanging, "it noticed nothing");
 }
 
+/// A drained worker that hangs has no connection when the queue was moved: it is ended.
+#[test]
+fn a_drained_worker_that_hangs_is_ended_without_connections() {
+    if !enter() {
+        return;
+    }
+    let config = heirs(2, "handoff_timeout = \"300ms\"\n");
+    let dispatcher = Dispatcher::start(&format!("stop_timeout = \"1s\"\n{config}"));
+    ready(&dispatcher, 2);
+    let hanging = pid_of(&dispatcher, "web-1");
+    signal(hanging, Signal::SIGSTOP);
+    let mut clients: Vec<TcpStream> = (0..10).map(|_| dial()).collect();
+    assert!(clients.iter_mut().all(|client| answer(client) != hanging));
+    wait_loads(&dispatcher, &[10]);
+    let status = dispatcher.status();
+    let suspect = status.pools[0].workers.iter().find(|it| it.pid == hanging).unwrap();
+    assert_eq!((suspect.state.as_str(), suspect.load), ("suspect", 0), "a probe is no load");
+    command(&dispatcher, &["restart", "web", "--wait"]);
+    wait_until("its end", || !is_alive(hanging));
+    drop(clients);
+}
+
+/// A process that closes its listener and goes on is replaced, and what waits goes to others.
+#[test]
+fn a_worker_that_closes_its_listener_is_replaced() {
+    if !enter() {
+        return;
+    }
+    for processes in [1, 3] {
+        // SIGUSR1 has it close its listener.
+        let close = HEIR.replace(
+            "poll = selectors",
+            "def close(*_):\n    poll.unregister(listeners[0]); listeners[0].close()\n\
+             signal.signal(signal.SIGUSR1, close)\npoll = selectors",
+        );
+        let config = heirs(processes, "handoff_timeout = \"300ms\"\n");
+        let escaped = |text: &str| {
+            let text = format!("{:?}", text.replace('{', "{{").replace('}', "}}"));
+            text[1..text.len() - 1].to_owned()
+        };
+        let config = config.replace(&escaped(HEIR), &escaped(&close));
+        let dispatcher = Dispatcher::start(&config);
+        ready(&dispatcher, processes as usize);
+        let held = dial();
+        let closes = pid_of(&dispatcher, "web-1");
+        signal(closes, Signal::SIGUSR1);
+        let mut clients: Vec<TcpStream> = (0..12).map(|_| dial()).collect();
+        assert!(clients.iter_mut().all(|client| answer(client) != closes));
+        dispatcher.wait_status("another process", |status| {
+            active(&status.pools[0]).len() == processes as usize
+                && status.pools[0].workers.iter().all(|it| it.pid != closes || it.state != "active")
+        });
+        drop((held, clients));
+        wait_until("its end", || !is_alive(closes));
+    }
+}
+
 /// Clients come without a pause while processes are replaced, added, removed and killed: each of them
 /// is served, and none waits for a process that starts.
 #[test]

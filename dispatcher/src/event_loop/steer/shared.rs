@@ -10,11 +10,12 @@
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use dispatch_steer::{Error, MAX_WORKERS, Probe, Probed, WorkerSettings};
 use dispatcher_core::SteerCounts;
 
+use super::sample::sockets_of;
 use super::thread::{Known, PoolMaps};
 use crate::background::logger::{quoted, value};
 
@@ -29,7 +30,16 @@ pub(super) struct Shared {
     pub(super) accepts: bool,
     /// Its process has ended, and no other worker could take its queue.
     left_at: Option<Instant>,
+    pid: Option<i32>,
+    /// How many connections it had accepted, and since when: or when it was looked for the last time
+    /// whether it still has its listener.
+    stands: Option<(u64, Instant)>,
+    /// The process has closed its listener.
+    pub(super) closed: bool,
 }
+
+/// How long a process does not accept before that is looked for, and how often.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// What a process is started with: the number of its slot, its address, and its listeners with their
 /// names.
@@ -52,12 +62,12 @@ impl PoolMaps {
     /// Takes over the listeners that a process of an earlier dispatcher has.
     pub(super) fn take_listeners(&mut self, pid: i32) -> Result<Inherits, Error> {
         let free = self.free_number()?;
-        let pid = u32::try_from(pid).unwrap_or(0);
-        let number = self.steering.take_listeners_of(pid, &self.cgroup, free)?;
+        let process = u32::try_from(pid).unwrap_or(0);
+        let number = self.steering.take_listeners_of(process, &self.cgroup, free)?;
         let address = self.public()?;
         // It has accepted connections before.
         let mut known = Known::new(address);
-        known.shared = Some(Shared { accepts: true, ..Shared::default() });
+        known.shared = Some(Shared { accepts: true, pid: Some(pid), ..Shared::default() });
         self.slots.insert(number, known);
         Ok((number, address, Vec::new()))
     }
@@ -126,12 +136,17 @@ impl PoolMaps {
                 self.leave_queue(number, late)?;
                 continue;
             }
+            if shared.closed {
+                self.leave_closed(number)?;
+                continue;
+            }
             let outcome = match &shared.probe {
                 Some(probe) => self.steering.probed(probe)?,
-                None if shared.accepts => continue,
+                None if shared.accepts => Probed::Waits,
                 None => Probed::Failed,
             };
             if outcome == Probed::Waits {
+                self.look_after_listener(number)?;
                 continue;
             }
             shared.accepts |= outcome == Probed::Accepted;
@@ -145,6 +160,50 @@ impl PoolMaps {
         Ok(())
     }
 
+    /// The process of a worker runs.
+    pub(super) fn runs(&mut self, number: u32, pid: i32) {
+        let shared = self.slots.get_mut(&number).and_then(|known| known.shared.as_mut());
+        if let Some(shared) = shared {
+            shared.pid = Some(pid);
+        }
+    }
+
+    /// A process that does not accept any more may have closed its listener: what waits there goes to
+    /// other workers. The duplicate here keeps the listener open, so the kernel tells nothing.
+    fn look_after_listener(&mut self, number: u32) -> Result<(), Error> {
+        let Some(known) = self.slots.get_mut(&number) else { return Ok(()) };
+        let SteerCounts { total, moved_in, moved_out, queued, .. } = known.counts;
+        let Some(shared) = known.shared.as_mut().filter(|shared| shared.accepts) else {
+            return Ok(());
+        };
+        if queued == 0 && shared.probe.is_none() {
+            shared.stands = None;
+            return Ok(());
+        }
+        let accepted =
+            total.saturating_add(moved_in).saturating_sub(moved_out).saturating_sub(queued);
+        match shared.stands {
+            Some((before, since)) if before == accepted && since.elapsed() < LOOK => return Ok(()),
+            Some((before, _)) if before == accepted => {}
+            _ => {
+                shared.stands = Some((accepted, Instant::now()));
+                return Ok(());
+            }
+        }
+        shared.stands = Some((accepted, Instant::now()));
+        // What may not be looked at is taken for open.
+        let Some(Ok(sockets)) = shared.pid.map(sockets_of) else { return Ok(()) };
+        let own = self.steering.listener_inodes(number)?;
+        let has = |inode: &u64| u32::try_from(*inode).is_ok_and(|it| sockets.contains(&it));
+        shared.closed = !own.iter().any(has);
+        if shared.closed
+            && let Some(probe) = shared.probe.take()
+        {
+            self.steering.end_probe(probe)?;
+        }
+        Ok(())
+    }
+
     /// The connections that wait in the queue of a worker, and what it counts without the probe.
     pub(super) fn without_probe(&self, number: u32, counts: SteerCounts) -> SteerCounts {
         let Some(known) = self.slots.get(&number) else { return counts };
@@ -153,13 +212,20 @@ impl PoolMaps {
         }
         // The kernel counts it some time after it was made.
         let total = counts.total.saturating_sub(1).max(known.counts.total);
-        SteerCounts { total, queued: counts.queued.saturating_sub(1), ..counts }
+        let (live, pending) = match counts.live {
+            0 => (0, counts.pending.saturating_sub(1)),
+            live => (live - 1, counts.pending),
+        };
+        SteerCounts { live, pending, total, queued: counts.queued.saturating_sub(1), ..counts }
     }
 
     /// Moves the queue of a worker that does not accept.
     pub(super) fn move_queue(&mut self, number: u32) -> Result<(), Error> {
         let known = self.slots.get_mut(&number);
         let Some(shared) = known.and_then(|known| known.shared.as_mut()) else { return Ok(()) };
+        if shared.closed {
+            return Ok(());
+        }
         if let Some(probe) = shared.probe.take() {
             self.steering.end_probe(probe)?;
         }
@@ -193,6 +259,18 @@ impl PoolMaps {
         let settings = WorkerSettings { draining: 1, ..WorkerSettings::new(1) };
         self.steering.set_worker(number, settings)?;
         self.leave_queue(number, false)
+    }
+
+    /// Gives the queue of a process that has closed its listener to other workers, as soon as there
+    /// are any.
+    fn leave_closed(&mut self, number: u32) -> Result<(), Error> {
+        if self.steering.queue_len(number)? == 0 {
+            return Ok(());
+        }
+        match self.steering.evict(number) {
+            Err(Error::Invalid(_)) | Ok(()) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Gives the queue of a process that has ended to other workers, if there are any. `late`: closes

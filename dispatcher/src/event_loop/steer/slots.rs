@@ -40,9 +40,7 @@ impl EventLoop {
         if let Some(io) = self.steers.slots.get_mut(&slot) {
             io.pid = Some(pid);
         }
-        if self.steers.hashed(slot.pool).is_some() {
-            self.steers.send(SteerCommand::Runs(slot, pid));
-        }
+        self.steers.send(SteerCommand::Runs(slot, pid));
         self.join_slot(slot);
     }
 

@@ -180,8 +180,13 @@ impl SteerThread {
                     pool.detach();
                 }
             }
-            // The kernel tells of its listener. `run` handles the end.
-            SteerCommand::Runs(..) | SteerCommand::End(..) => {}
+            SteerCommand::Runs(slot, pid) => {
+                if let Some(pool) = self.pools.get_mut(&slot.pool) {
+                    pool.runs(slot.number, pid);
+                }
+            }
+            // `run` handles it.
+            SteerCommand::End(..) => {}
         }
     }
 
@@ -436,7 +441,7 @@ impl PoolMaps {
             };
             let slot = Slot { pool: id, number };
             let found = self.steering.counts(number)?;
-            let accepts = known.shared.as_ref().is_none_or(|shared| shared.accepts);
+            let accepts = known.shared.as_ref().is_none_or(|it| it.accepts && !it.closed);
             let listens = found.listeners != [0, 0] && accepts;
             let queued = match queues {
                 _ if known.shared.is_some() => self.steering.queue_len(number)?.into(),
