@@ -55,7 +55,8 @@ pub enum Effect {
     /// had connections, or none.
     EndProcess { process: ProcessId, has_connections: bool },
     /// Check whether the worker of this process is ready, with connections of the dispatcher: each
-    /// is sent by [`super::Core::send_check`]. Always: [`super::Core::checked`], or the process ends.
+    /// is sent by [`super::Core::send_check`]. Always: [`super::Core::checked`], or the process
+    /// ends.
     CheckReady { process: ProcessId, worker: WorkerId },
     /// Write SENT into the slot and send a connection of a ready check. On failure:
     /// [`super::Core::check_failed`].

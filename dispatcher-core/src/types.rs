@@ -208,8 +208,8 @@ pub struct PoolSettings {
     pub peek: Peek,
     /// Processes to keep running; 0 for none.
     pub processes: u32,
-    /// The number of workers that are the whole capacity, for [`crate::advice::AgentAnswer`]. `None`:
-    /// `processes`, or without processes the workers that have joined.
+    /// The number of workers that are the whole capacity, for [`crate::advice::AgentAnswer`].
+    /// `None`: `processes`, or without processes the workers that have joined.
     pub agent_workers: Option<u32>,
     /// How these processes are supervised.
     pub supervision: Supervision,

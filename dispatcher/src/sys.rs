@@ -313,9 +313,9 @@ fn write_own_id(to: &mut [u8]) -> usize {
     length
 }
 
-/// Makes the kernel send `signal` to the program that `command` starts when the calling thread ends,
-/// and so at the latest when this process ends. Does not apply to what the program forks. A change of the
-/// user would undo it, so this comes after [`set_up_child`].
+/// Makes the kernel send `signal` to the program that `command` starts when the calling thread
+/// ends, and so at the latest when this process ends. Does not apply to what the program forks. A
+/// change of the user would undo it, so this comes after [`set_up_child`].
 pub fn end_with_this_thread(command: &mut Command, signal: rustix::process::Signal) {
     let own = rustix::process::getpid();
     let bind = move || {

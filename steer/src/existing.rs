@@ -94,15 +94,14 @@ impl Steering {
     /// program. Returns the number of its worker: after [`Steering::adopt`] the one that it had, or
     /// else `free`, whose connections of before are not counted.
     ///
-    /// It needs the right to fetch descriptors, as [`Steering::adopt_listeners`]. `cgroup` is the one
-    /// to which the programs are attached.
+    /// It needs the right to fetch descriptors, as [`Steering::adopt_listeners`]. `cgroup` is the
+    /// one to which the programs are attached.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if the process has no such listener, or there is none at one of the public
-    /// addresses; [`Error::Listener`] if it may not be fetched, or was
-    /// opened outside of the cgroup; otherwise as
-    /// [`Steering::take_listeners`].
+    /// [`Error::Invalid`] if the process has no such listener, or there is none at one of the
+    /// public addresses; [`Error::Listener`] if it may not be fetched, or was opened outside of the
+    /// cgroup; otherwise as [`Steering::take_listeners`].
     pub fn take_listeners_of(
         &mut self,
         process: u32,

@@ -85,8 +85,8 @@ impl Steering {
         Ok(Steering::of(maps, links, settings, Some(shared)))
     }
 
-    /// Adds a public address before there is a worker: the kernel drops SYNs to it, or resets them, as
-    /// [`Options::wait`] says.
+    /// Adds a public address before there is a worker: the kernel drops SYNs to it, or resets them,
+    /// as [`Options::wait`] says.
     ///
     /// # Errors
     ///
@@ -249,8 +249,8 @@ impl Steering {
         })
     }
 
-    /// Moves the connections that wait in the queues of a worker to other workers. Its process, which
-    /// does not accept, finds its listeners as before: they are closed for a moment only.
+    /// Moves the connections that wait in the queues of a worker to other workers. Its process,
+    /// which does not accept, finds its listeners as before: they are closed for a moment only.
     ///
     /// # Errors
     ///
@@ -299,8 +299,8 @@ impl Steering {
     }
 
     /// Attaches the program to the listeners of every public address again. A process of this
-    /// user can detach it through a listener of its own at the address, and the kernel tells nothing
-    /// of that.
+    /// user can detach it through a listener of its own at the address, and the kernel tells
+    /// nothing of that.
     ///
     /// # Errors
     ///

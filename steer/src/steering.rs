@@ -144,8 +144,8 @@ impl Steering {
         inserted.map_err(|error| Error::refused("add a public address", error))
     }
 
-    /// Removes every public address that is not to stay. IPv4 and IPv6 are asked for separately, also
-    /// where `[::]:P` stands for both.
+    /// Removes every public address that is not to stay. IPv4 and IPv6 are asked for separately,
+    /// also where `[::]:P` stands for both.
     ///
     /// # Errors
     ///

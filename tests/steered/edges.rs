@@ -1,4 +1,5 @@
-//! Machines that cannot steer, reloads, take-overs, and servers that do something else than expected.
+//! Machines that cannot steer, reloads, take-overs, and servers that do something else than
+//! expected.
 
 use std::net::TcpStream;
 use std::process::Command;

@@ -11,8 +11,8 @@ use test_support::{Dispatcher, PATIENCE, configure, wait_for, wait_until};
 
 use crate::place::*;
 
-/// Serves the listeners that it inherits from the first one on, as [`KEEPER`] serves its own. With a
-/// second argument, it needs so many seconds to start.
+/// Serves the listeners that it inherits from the first one on, as [`KEEPER`] serves its own. With
+/// a second argument, it needs so many seconds to start.
 pub const HEIR: &str = r#"
 import os, selectors, signal, socket, sys, time
 assert int(os.environ["LISTEN_PID"]) == os.getpid()
@@ -272,8 +272,8 @@ fn a_worker_that_closes_its_listener_is_replaced() {
     }
 }
 
-/// Clients come without a pause while processes are replaced, added, removed and killed: each of them
-/// is served, and none waits for a process that starts.
+/// Clients come without a pause while processes are replaced, added, removed and killed: each of
+/// them is served, and none waits for a process that starts.
 #[test]
 fn processes_come_and_go_without_losing_a_client() {
     if !enter() {
@@ -426,7 +426,8 @@ fn the_kernel_chooses_while_the_dispatcher_is_gone() {
     assert!(TcpStream::connect(PUBLIC).is_err());
 }
 
-/// A process that dies while there is no dispatcher leaves its queue to the others, and is replaced.
+/// A process that dies while there is no dispatcher leaves its queue to the others, and is
+/// replaced.
 #[test]
 fn a_process_that_died_meanwhile_is_replaced() {
     if !enter() {

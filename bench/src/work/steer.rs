@@ -1,5 +1,5 @@
-//! Steering: short connections to workers with listeners, chosen by the dispatcher's programs in the
-//! kernel, by the kernel's hash or by a proxy; and what the dispatcher does meanwhile.
+//! Steering: short connections to workers with listeners, chosen by the dispatcher's programs in
+//! the kernel, by the kernel's hash or by a proxy; and what the dispatcher does meanwhile.
 
 use std::time::Duration;
 

@@ -208,8 +208,8 @@ impl Spawner {
 
     /// Reads the journal of an earlier dispatcher at `path`, and uses the file from now on. To be
     /// called before the first process is started; waits for the lock of the file. Returns the
-    /// recorded processes that have not ended, for each of which [`Spawner::watch`] is to follow, and
-    /// what is known of the deploys of their pools.
+    /// recorded processes that have not ended, for each of which [`Spawner::watch`] is to follow,
+    /// and what is known of the deploys of their pools.
     pub fn recover(&self, path: PathBuf) -> (Vec<Survivor>, Vec<Deploys>) {
         let mut journal = match Journal::open(&path, false, LOCK_TIME) {
             Ok(journal) => journal,

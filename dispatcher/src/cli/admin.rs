@@ -43,8 +43,8 @@ impl AdminEndpoint {
     }
 }
 
-/// Sources in order of precedence: `--admin`, `DISPATCHER_ADMIN`, the configuration, the default, and,
-/// where nothing is there, the only `dispatcher serve` of this user.
+/// Sources in order of precedence: `--admin`, `DISPATCHER_ADMIN`, the configuration, the default,
+/// and, where nothing is there, the only `dispatcher serve` of this user.
 pub(super) fn find(arguments: &AdminArgs) -> Result<AdminEndpoint, Failure> {
     let found = find_with(arguments, std::env::var_os(VARIABLE), Path::new(DEFAULT_FILE))?;
     if found.from != DEFAULT || found.mistake.is_some() || found.path.exists() {

@@ -65,8 +65,8 @@ pub(super) struct ServeArgs {
     command: Vec<String>,
 }
 
-/// `8000` and `:8000` stand for `0.0.0.0:8000`. `[::]:8000` would keep IPv4 clients from servers whose
-/// IPv6 listeners refuse them, such as those of asyncio.
+/// `8000` and `:8000` stand for `0.0.0.0:8000`. `[::]:8000` would keep IPv4 clients from servers
+/// whose IPv6 listeners refuse them, such as those of asyncio.
 fn address(text: &str) -> Result<SocketAddr, String> {
     let port = text.strip_prefix(':').unwrap_or(text);
     if !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()) {

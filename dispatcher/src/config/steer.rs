@@ -39,8 +39,8 @@ pub struct Steer {
     pub ports: Ports,
     /// The address of the processes, `{addr}`.
     pub address: IpAddr,
-    /// What becomes of the pool where the kernel's programs cannot be loaded. `None`: the dispatcher
-    /// does not start.
+    /// What becomes of the pool where the kernel's programs cannot be loaded. `None`: the
+    /// dispatcher does not start.
     pub fallback: Option<Fallback>,
 }
 

@@ -2,8 +2,8 @@
 //! connections of ready checks.
 //!
 //! Decides nothing: the core decides what is replaced. Guarantees: the settings of a generation are
-//! kept as long as the core can start a process of it; a later dispatcher finds the deploys of pools
-//! whose processes outlive this one in the journal.
+//! kept as long as the core can start a process of it; a later dispatcher finds the deploys of
+//! pools whose processes outlive this one in the journal.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};

@@ -24,8 +24,8 @@ pub struct Place<'a> {
     pub name: &'a str,
     /// The name of the pool.
     pub pool: &'a str,
-    /// Where it is to listen, in a steered pool. Without it, `{addr}` and `{port}` are `127.0.0.1` and
-    /// `0`.
+    /// Where it is to listen, in a steered pool. Without it, `{addr}` and `{port}` are `127.0.0.1`
+    /// and `0`.
     pub address: Option<SocketAddr>,
     /// Its inherited listener.
     pub fd: Option<i32>,

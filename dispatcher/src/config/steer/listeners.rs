@@ -195,7 +195,8 @@ fn check_command(check: &mut Check<'_>, keys: &PoolKeys, defaults: &PoolKeys, fa
     let with_port = |word: &Spanned<String>| has_placeholder(word.get_ref(), "port");
     for (at, word) in words.iter().enumerate() {
         let Some(ip) = address_in(word.get_ref()) else { continue };
-        // As in `--host 127.0.0.1 --port {port}`, in any order. Other addresses may be other things.
+        // As in `--host 127.0.0.1 --port {port}`, in any order. Other addresses may be other
+        // things.
         let near = &words[at.saturating_sub(NEAR)..words.len().min(at + NEAR + 1)];
         if !near.iter().any(|other| with_port(other)) {
             continue;

@@ -320,8 +320,8 @@ impl EventLoop {
         self.steers.ready = true;
     }
 
-    /// Whether the worker of a process that gets no connections listens, or one of `others` is about
-    /// the same worker.
+    /// Whether the worker of a process that gets no connections listens, or one of `others` is
+    /// about the same worker.
     fn is_of_leaving(&self, event: &SteerEvent, others: &[SteerEvent]) -> bool {
         let (SteerEvent::Listens(slot, _)
         | SteerEvent::Closed(slot, _)

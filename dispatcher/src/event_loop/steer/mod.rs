@@ -1,10 +1,10 @@
 //! Pools whose workers the kernel chooses (`mode = "steer"`).
 //!
-//! A thread of its own ([`thread`]) has the programs and maps: it registers addresses of workers and
-//! reads what the kernel counts. It starts with the first such pool, and reports to the hot thread
-//! over a bounded mailbox. The hot thread ([`hot`], [`slots`]) passes the reports to the core, and
-//! writes what the core decides about workers to a map, which never waits: it applies from the next
-//! SYN on.
+//! A thread of its own ([`thread`]) has the programs and maps: it registers addresses of workers
+//! and reads what the kernel counts. It starts with the first such pool, and reports to the hot
+//! thread over a bounded mailbox. The hot thread ([`hot`], [`slots`]) passes the reports to the
+//! core, and writes what the core decides about workers to a map, which never waits: it applies
+//! from the next SYN on.
 //!
 //! A worker is known by its slot: its number in the maps of its pool. A slot belongs to a process
 //! of the dispatcher, or to a member of the configuration; the core has a worker for it as long as
@@ -110,8 +110,8 @@ pub(super) enum SteerCommand {
     Open(Box<PoolSpec>),
     /// The settings of a pool have changed; its workers stay.
     Change(Box<PoolSpec>),
-    /// Find a slot for a worker: [`SteerEvent::Prepared`] or [`SteerEvent::NotPrepared`]. Without an
-    /// address it gets a free one, or listeners. `adopt`: it may listen already.
+    /// Find a slot for a worker: [`SteerEvent::Prepared`] or [`SteerEvent::NotPrepared`]. Without
+    /// an address it gets a free one, or listeners. `adopt`: it may listen already.
     Prepare { pool: PoolId, holder: Holder, address: Option<SocketAddr>, adopt: Option<Adopt> },
     /// Every worker of an earlier dispatcher was asked for: other slots are freed.
     Sweep(PoolId),

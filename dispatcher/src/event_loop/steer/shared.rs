@@ -1,5 +1,5 @@
-//! The thread's part for processes that share the public ports: it opens their listeners, which they
-//! inherit, and has a duplicate of each.
+//! The thread's part for processes that share the public ports: it opens their listeners, which
+//! they inherit, and has a duplicate of each.
 //!
 //! A connection to each worker ([`Probe`]) waits in the worker's queue until it is accepted: so a
 //! process that starts gets no clients before it accepts, and one whose queue was moved is trusted
@@ -31,8 +31,8 @@ pub(super) struct Shared {
     /// Its process has ended, and no other worker could take its queue.
     left_at: Option<Instant>,
     pid: Option<i32>,
-    /// How many connections it had accepted, and since when: or when it was looked for the last time
-    /// whether it still has its listener.
+    /// How many connections it had accepted, and since when: or when it was looked for the last
+    /// time whether it still has its listener.
     stands: Option<(u64, Instant)>,
     /// The process has closed its listener.
     pub(super) closed: bool,
@@ -41,8 +41,8 @@ pub(super) struct Shared {
 /// How long a process does not accept before that is looked for, and how often.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// What a process is started with: the number of its slot, its address, and its listeners with their
-/// names.
+/// What a process is started with: the number of its slot, its address, and its listeners with
+/// their names.
 pub(super) type Inherits = (u32, SocketAddr, Vec<(String, OwnedFd)>);
 
 impl PoolMaps {
@@ -168,8 +168,8 @@ impl PoolMaps {
         }
     }
 
-    /// A process that does not accept any more may have closed its listener: what waits there goes to
-    /// other workers. The duplicate here keeps the listener open, so the kernel tells nothing.
+    /// A process that does not accept any more may have closed its listener: what waits there goes
+    /// to other workers. The duplicate here keeps the listener open, so the kernel tells nothing.
     fn look_after_listener(&mut self, number: u32) -> Result<(), Error> {
         let Some(known) = self.slots.get_mut(&number) else { return Ok(()) };
         let SteerCounts { total, moved_in, moved_out, queued, .. } = known.counts;
@@ -273,8 +273,8 @@ impl PoolMaps {
         }
     }
 
-    /// Gives the queue of a process that has ended to other workers, if there are any. `late`: closes
-    /// it in any case.
+    /// Gives the queue of a process that has ended to other workers, if there are any. `late`:
+    /// closes it in any case.
     fn leave_queue(&mut self, number: u32, late: bool) -> Result<(), Error> {
         match self.steering.evict(number) {
             Err(Error::Invalid(_)) if !late => return Ok(()),

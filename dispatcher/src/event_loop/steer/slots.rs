@@ -1,5 +1,5 @@
-//! The hot thread's part for one worker: its process, its slot, and the worker that the core has for
-//! it.
+//! The hot thread's part for one worker: its process, its slot, and the worker that the core has
+//! for it.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -12,8 +12,8 @@ use dispatcher_core::{Departure, ProcessId, SteerCounts, SteerJoin, SteerSetting
 impl EventLoop {
     // --- processes -------------------------------------------------------------------------
 
-    /// A process of a steered pool is to be started: it gets an address or listeners first. False if
-    /// the pool is not steered.
+    /// A process of a steered pool is to be started: it gets an address or listeners first. False
+    /// if the pool is not steered.
     pub(in crate::event_loop) fn prepare_process(&mut self, process: ProcessId) -> bool {
         let resources = self.pools.get(usize::from(process.pool.0));
         if resources.is_none_or(|pool| pool.steer.is_none()) {

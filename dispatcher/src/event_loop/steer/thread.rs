@@ -508,8 +508,8 @@ impl Known {
         }
     }
 
-    /// Why it gets no connections. The end of an adopted listener is not reported, so it seems to be
-    /// open until the comparisons have found its end.
+    /// Why it gets no connections. The end of an adopted listener is not reported, so it seems to
+    /// be open until the comparisons have found its end.
     fn problem_of(&mut self, found: &WorkerCounts, listens: bool) -> Option<String> {
         let problem = found.problem();
         let is_lost = problem.is_some() && found.refused == 0;

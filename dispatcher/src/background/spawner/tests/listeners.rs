@@ -257,5 +257,5 @@ fn nothing_of_the_listeners_stays() {
     TcpStream::connect(address).expect("the process has it");
     bench.spawner.stop(PATIENCE);
     bench.exit_text();
-    TcpStream::connect(address).expect_err("nobody has it");
+    TcpStream::connect(address).expect_err("no process has it");
 }
