@@ -8,12 +8,12 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use aya::maps::{HashMap, Map, MapData};
-use dispatcher::api::status::{Status, WorkerStatus};
+use dispatcher::api::status::{PoolStatus, Status, WorkerStatus};
 use simulator::Random;
 use test_support::{Process, assert_conserved};
 
 use super::client::{Clients, Refusal, Target};
-use super::place::{MEMBERS, PUBLICS, Run, SPAWNED, output};
+use super::place::{MEMBERS, PUBLICS, Run, SHARED, SPAWNED, output};
 
 /// Connections that are held at each public address.
 const HELD: usize = 20;
@@ -153,18 +153,32 @@ fn equal(status: &Status) -> Result<(), String> {
     }
     // By port: the process, and how many wait.
     let mut listeners: BTreeMap<u16, (i32, u64)> = BTreeMap::new();
+    // By process: how many wait in the listeners that it inherited, which the dispatcher has, too.
+    let mut inherited: BTreeMap<i32, u64> = BTreeMap::new();
     for line in output(&["ss", "-tlnpH"]).lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
         if let (Some(queued), Some(port)) = (words[1].parse().ok(), port(words[3])) {
             listeners.insert(port, (pid(line), queued));
+            pids(line).for_each(|pid| *inherited.entry(pid).or_default() += queued);
         }
     }
-    let workers = status.pools.iter().flat_map(|pool| &pool.workers);
+    let of_pool = |pool: &'_ PoolStatus| {
+        let shared = pool.name == SHARED;
+        pool.workers.iter().map(move |worker| (worker.clone(), shared)).collect::<Vec<_>>()
+    };
+    let workers = status.pools.iter().flat_map(of_pool);
     let mut waiting = 0;
-    for worker in workers {
-        let (live, pending, port) = counts(worker);
-        let (pid, queued) = listeners.get(&port).copied().unwrap_or((worker.pid, 0));
+    for (worker, shared) in workers {
+        let (live, pending, port) = counts(&worker);
+        let (pid, mut queued) = match shared {
+            true => (worker.pid, inherited.get(&worker.pid).copied().unwrap_or(0)),
+            false => listeners.get(&port).copied().unwrap_or((worker.pid, 0)),
+        };
         waiting += queued;
+        // The dispatcher's own connection waits until a suspect accepts; it is no load.
+        if shared && worker.state == "suspect" {
+            queued = queued.saturating_sub(1);
+        }
         let accepted = of_process.remove(&pid).unwrap_or(0);
         if live != accepted + queued || pending != 0 {
             return Err(format!(
@@ -191,8 +205,11 @@ fn port(address: &str) -> Option<u16> {
 }
 
 fn pid(line: &str) -> i32 {
-    let text = line.split("pid=").nth(1).and_then(|rest| rest.split(',').next());
-    text.and_then(|text| text.parse().ok()).unwrap_or(0)
+    pids(line).next().unwrap_or(0)
+}
+
+fn pids(line: &str) -> impl Iterator<Item = i32> {
+    line.split("pid=").skip(1).filter_map(|rest| rest.split(',').next()?.parse().ok())
 }
 
 /// Entries of the pinned maps: only those of workers and public addresses that exist. The number of
@@ -200,8 +217,8 @@ fn pid(line: &str) -> i32 {
 fn maps(run: &Run) -> Result<usize, String> {
     let mut remembered = 0;
     let pools: Vec<_> = below(&run.pins).iter().flat_map(|path| below(path)).collect();
-    if pools.len() != 3 {
-        return Err(format!("pins of three pools, not: {pools:?}"));
+    if pools.len() != SPAWNED.len() + 1 {
+        return Err(format!("pins of {} pools, not: {pools:?}", SPAWNED.len() + 1));
     }
     let mut ports = BTreeSet::new();
     let mut publics = 0;
@@ -219,7 +236,8 @@ fn maps(run: &Run) -> Result<usize, String> {
     }
     let mut expected = BTreeSet::new();
     let status = run.status().ok_or("no status")?;
-    for worker in status.pools.iter().flat_map(|pool| &pool.workers) {
+    let own = status.pools.iter().filter(|pool| pool.name != SHARED);
+    for worker in own.flat_map(|pool| &pool.workers) {
         expected.insert(u32::from(counts(worker).2));
     }
     if ports != expected || publics != PUBLICS.len() {

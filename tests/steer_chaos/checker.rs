@@ -8,7 +8,7 @@ use test_support::chaos::tail;
 use super::census::Quiet;
 use super::client::{End, Kind, Story, Told};
 use super::nemesis::{Deed, What};
-use super::place::{PUBLICS, Run, Server};
+use super::place::{PUBLICS, Run, SHARED, Server};
 use super::protocol::{SPAWNED, now, number_of, source_of};
 
 /// The end of a server and the end of its connections, as clients see it, lie less than this apart,
@@ -192,13 +192,17 @@ impl Evidence<'_> {
             matches!(deed.what, What::Kill | What::Term | What::Hangup)
                 && deed.server.as_ref().is_some_and(|server| server.pool == pool)
         });
-        if listener_ended {
+        // What waits at a shared port goes to other servers.
+        if listener_ended && pool != SHARED {
             return Ok("a server of its pool was killed, and with it its accept queue");
         }
         if of_pool(&log.early, MOMENT) {
             return Ok("it came before the programs of a new dispatcher were attached");
         }
-        if of_pool(&log.hung, MOMENT) {
+        if pool == SHARED && (self.was_away(story) || of_pool(&log.unserved, 15 * MOMENT)) {
+            return Ok("there was no dispatcher and no server that could take it");
+        }
+        if of_pool(&log.hung, MOMENT) && pool != SHARED {
             return Ok("a server of its pool hung, and was ended with its accept queue");
         }
         Err(format!("{lost}, for no reason"))

@@ -56,7 +56,7 @@ const ROUND: Duration = Duration::from_secs(20);
 const MEMORY: u64 = 32 * 1024;
 
 /// Links of the programs of all pools.
-const LINKS: usize = 6;
+const LINKS: usize = 8;
 
 /// Returns true without a problem, or if it was skipped. Prints a summary, and the history of each
 /// problem.

@@ -471,7 +471,7 @@ impl<'a> Nemesis<'a> {
 
     /// A random command of an operator. Its success depends on the other faults.
     fn command(&mut self) {
-        let (pool, usual) = SPAWNED[self.random.below(2) as usize];
+        let (pool, usual) = SPAWNED[self.random.below(SPAWNED.len() as u64) as usize];
         let worker = match self.random.below(3) {
             0 => format!("/v1/workers/units%2F{}", MEMBERS[self.random.below(3) as usize].0),
             _ => {

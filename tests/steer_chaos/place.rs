@@ -28,15 +28,20 @@ const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 
 /// The public addresses, each with its pool.
-pub const PUBLICS: [(SocketAddr, &str); 4] = [
+pub const PUBLICS: [(SocketAddr, &str); 6] = [
     (SocketAddr::new(V4, 8000), "web"),
     (SocketAddr::new(V6, 8000), "web"),
     (SocketAddr::new(V6, 8001), "turns"),
     (SocketAddr::new(V4, 8002), "units"),
+    (SocketAddr::new(V4, 8003), SHARED),
+    (SocketAddr::new(V6, 8003), SHARED),
 ];
 
+/// The pool whose processes inherit their listeners.
+pub const SHARED: &str = "share";
+
 /// Pools whose processes the dispatcher starts, and how many there are without faults.
-pub const SPAWNED: [(&str, usize); 2] = [("web", 4), ("turns", 3)];
+pub const SPAWNED: [(&str, usize); 3] = [("web", 4), ("turns", 3), (SHARED, 3)];
 
 /// The members of the pool `units`, with their ports.
 pub const MEMBERS: [(&str, u16); 3] = [("a", 9001), ("b", 9002), ("c", 9003)];
@@ -216,7 +221,7 @@ impl Run {
                 "[[listener]]\nname = \"l{number}\"\naddress = \"{address}\"\npool = \"{pool}\""
             );
         }
-        let usual = ["least-connections", "round-robin", "hash"];
+        let usual = ["least-connections", "round-robin", "least-connections", "hash"];
         for ((pool, processes), usual) in SPAWNED.into_iter().chain([("units", 0)]).zip(usual) {
             let mut below = |bound| random.as_deref_mut().map_or(0, |it| it.below(bound));
             // The first ones are those without faults.
@@ -236,9 +241,13 @@ impl Run {
                 let hung = if changed < 4 { "" } else { "kill_hung_after = \"1s\"\n" };
                 let environment = self.environment(pool);
                 let environment = environment.map(|(key, value)| format!("{key} = {value:?}"));
+                let listens = match pool {
+                    SHARED => "\"inherits\", \"{fd}\"",
+                    _ => "\"{addr}\", \"{port}\"",
+                };
                 let _ = writeln!(
                     text,
-                    "[pool.{pool}.spawn]\ncommand = [{:?}, \"{{addr}}\", \"{{port}}\"]\n\
+                    "[pool.{pool}.spawn]\ncommand = [{:?}, {listens}]\n\
                      processes = {processes}\non_dispatcher_loss = \"serve\"\n\
                      environment = {{ {} }}\nstart_timeout = \"10s\"\ncrash_loop_after = 1000\n\
                      max_restart_delay = \"500ms\"\n{hung}",

@@ -43,11 +43,22 @@ fn register(port: u16) -> u64 {
 pub fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [address, port] = &arguments[..] else { panic!("an address and a port") };
-    let (address, port): (IpAddr, u16) = (address.parse().unwrap(), port.parse().unwrap());
     LazyLock::force(&TAKEN);
+    let (listeners, port) = match address.as_str() {
+        "inherits" => {
+            let all = worker_sdk::inherited_listeners().unwrap();
+            let port = all[0].local_addr().unwrap().port();
+            (all, port)
+        }
+        address => {
+            let address = (address.parse::<IpAddr>().unwrap(), port.parse().unwrap());
+            (vec![TcpListener::bind(address).unwrap()], address.1)
+        }
+    };
     let number = register(port);
+    // One thread accepts from all of them.
+    let listener = Arc::new(Listeners(listeners));
     let name = format!("s{number}");
-    let listener = Arc::new(TcpListener::bind((address, port)).unwrap());
     let over = Arc::new(AtomicBool::new(false));
     if number.is_multiple_of(2) {
         let (listener, over) = (Arc::clone(&listener), Arc::clone(&over));
@@ -55,7 +66,9 @@ pub fn main() {
         std::thread::spawn(move || {
             signals.forever().next();
             over.store(true, Ordering::SeqCst);
-            let _ = rustix::net::shutdown(&listener, rustix::net::Shutdown::Read);
+            for listener in &listener.0 {
+                let _ = rustix::net::shutdown(listener, rustix::net::Shutdown::Read);
+            }
         });
     }
     let mut random = Random::new(now() ^ number);
@@ -85,6 +98,28 @@ pub fn main() {
     drop(listener);
     while LIVE.load(Ordering::SeqCst) > 0 {
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+struct Listeners(Vec<TcpListener>);
+
+impl Listeners {
+    fn accept(&self) -> std::io::Result<(TcpStream, std::net::SocketAddr)> {
+        let [listener] = &self.0[..] else { return self.accept_from_any() };
+        listener.accept()
+    }
+
+    fn accept_from_any(&self) -> std::io::Result<(TcpStream, std::net::SocketAddr)> {
+        use rustix::event::{PollFd, PollFlags, poll};
+        loop {
+            let mut all: Vec<PollFd<'_>> =
+                self.0.iter().map(|it| PollFd::new(it, PollFlags::IN)).collect();
+            poll(&mut all, None)?;
+            let ready = all.iter().zip(&self.0).find(|(fd, _)| !fd.revents().is_empty());
+            if let Some((_, listener)) = ready {
+                return listener.accept();
+            }
+        }
     }
 }
 
