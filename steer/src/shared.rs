@@ -75,6 +75,8 @@ impl Steering {
         mut shared: Shared,
     ) -> Result<Steering, Error> {
         let settings = maps.read_settings()?;
+        // Those of a process that was killed.
+        shared.maps.direct_none()?;
         let refused = |error| Error::refused("read the public addresses", error);
         for entry in maps.publics().map_err(refused)?.iter() {
             let (address, number) = entry.map_err(refused)?;

@@ -2,7 +2,8 @@
 
 use std::net::{Ipv6Addr, SocketAddr, TcpStream};
 
-use dispatch_steer::{Error, Probed, WorkerSettings};
+use aya::maps::{HashMap, Map, MapData};
+use dispatch_steer::{Error, Probed, Steering, WorkerSettings};
 use nix::sys::signal::Signal;
 use test_support::wait_until;
 
@@ -69,4 +70,26 @@ fn a_queue_is_moved_while_its_process_keeps_its_listener() {
     lab.settled();
     drop(clients);
     lab.empty();
+}
+
+/// A dispatcher that was killed while it probed leaves an entry, which the next one removes.
+#[test]
+fn probes_of_a_dispatcher_that_was_killed_are_forgotten() {
+    let Some(mut lab) = Lab::sharing(2) else { return };
+    let mounted = tempfile::tempdir().unwrap();
+    own_bpffs(mounted.path());
+    let pins = mounted.path().join("pool");
+    lab.steering = Some(lab.steering.take().unwrap().pin(&pins).unwrap());
+    let entries = || {
+        let map = Map::from_map_data(MapData::from_pin(pins.join("directed")).unwrap()).unwrap();
+        HashMap::<_, [u8; 20], u32>::try_from(&map).unwrap().keys().count()
+    };
+    let probe = lab.steering().probe(0).unwrap();
+    assert_eq!(entries(), 1);
+    lab.steering = None;
+    drop(probe);
+    assert_eq!(entries(), 1);
+    lab.steering = Some(Steering::adopt(&pins).unwrap());
+    assert_eq!(entries(), 0);
+    lab.steering.take().unwrap().detach().unwrap();
 }

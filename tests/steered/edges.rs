@@ -145,13 +145,14 @@ fn a_take_over_keeps_processes_and_counts() {
     if !enter() {
         return;
     }
-    let pins = bpffs();
-    let config = format!(
-        "steer_pins = \"{}/pins\"\n{}on_dispatcher_loss = \"serve\"\n",
-        pins.path().display(),
-        keepers(2, "")
-    );
-    let folder = configure(&config);
+    for pool in [keepers(2, ""), crate::shared::heirs(2, "")] {
+        takes_over(&pool);
+    }
+}
+
+/// Two processes of `pool` stay while one dispatcher takes over from another.
+fn takes_over(pool: &str) {
+    let (_pins, folder) = outliving(pool);
     let mut former = Dispatcher::start_in(folder.path());
     let processes = processes_of(&ready(&former, 2));
     let mut held: Vec<TcpStream> = (0..10).map(|_| connect()).collect();

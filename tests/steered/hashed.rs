@@ -5,8 +5,6 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use dispatcher::api::status::Status;
 use nix::sys::signal::Signal;
@@ -18,11 +16,11 @@ use crate::shared::*;
 
 const HASH: &str = "fallback = \"hash\"\nhandoff_timeout = \"60s\"\n";
 
-/// As [`HEIR`], but with SIGTERM it closes its listeners and finishes its connections.
+/// As [`KEEPER`], but with SIGTERM it closes its listeners and finishes its connections.
 const GRACEFUL: &str = r#"
 import selectors, signal, socket, sys, os, time
 time.sleep(0.3)
-listeners = [socket.socket(fileno=int(sys.argv[1]) + n) for n in range(int(os.environ["LISTEN_FDS"]))]
+listeners = [socket.socket(fileno=int(sys.argv[2]) + n) for n in range(int(os.environ["LISTEN_FDS"]))]
 told, clients = [], 0
 signal.signal(signal.SIGTERM, lambda *_: told.append(1))
 poll = selectors.DefaultSelector()
@@ -152,34 +150,16 @@ fn processes_are_replaced_without_losing_a_client() {
     if !can_start() {
         return;
     }
-    let config = heirs(2, HASH);
-    let program = |text: &str| format!("{:?}", text.replace('{', "{{").replace('}', "}}"));
-    let config = config.replace(&program(HEIR), &program(GRACEFUL));
-    assert!(config.contains("told, clients"));
-    let mut dispatcher = start(&config);
+    let mut dispatcher = start(&heirs_with(2, HASH, (GRACEFUL, &[])));
     ready(&dispatcher, 2);
     let descriptors = descriptors_of(&dispatcher);
     let first = processes_of(&dispatcher.status().pools[0]);
-    let (over, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-    let clients: Vec<_> = (0..4)
-        .map(|_| {
-            let (over, served) = (Arc::clone(&over), Arc::clone(&served));
-            std::thread::spawn(move || {
-                while !over.load(Ordering::Relaxed) {
-                    drop(connect());
-                    served.fetch_add(1, Ordering::Relaxed);
-                    std::thread::sleep(PACE);
-                }
-            })
-        })
-        .collect();
+    let load = Load::begin();
     command(&dispatcher, &["restart", "web", "--wait"]);
     wait_until("the former ones to end", || first.iter().all(|&pid| !is_alive(pid)));
     command(&dispatcher, &["scale", "web", "4"]);
     ready(&dispatcher, 4);
-    over.store(true, Ordering::Relaxed);
-    clients.into_iter().for_each(|client| client.join().expect("each client was served"));
-    assert!(served.load(Ordering::Relaxed) > 100);
+    load.end();
     command(&dispatcher, &["scale", "web", "2"]);
     dispatcher.wait_status("two to end", |status| status.pools[0].workers.len() == 2);
     // The listeners of the others are closed: no client goes there.
@@ -221,7 +201,7 @@ fn serve_starts_servers_that_inherit_a_listener_in_every_case() {
     if !can_start() {
         return;
     }
-    let program = HEIR.replace('{', "{{").replace('}', "}}");
+    let program = KEEPER.replace('{', "{{").replace('}', "}}");
     for (mut command, steers) in
         [(without_capabilities(), false), (Command::new(dispatcher_bin()), true)]
     {
@@ -229,7 +209,7 @@ fn serve_starts_servers_that_inherit_a_listener_in_every_case() {
         let (out, log) = (dir.path().join("out"), dir.path().join("log"));
         let listen = PUBLIC.to_string();
         command.args(["serve", "--listen", &listen, "--workers", "2", "--name", "web", "--"]);
-        command.args(["python3", "-c", &program, "{fd}"]).stdin(Stdio::null());
+        command.args(["python3", "-c", &program, "fd", "{fd}"]).stdin(Stdio::null());
         command.env_remove("NOTIFY_SOCKET").env("XDG_RUNTIME_DIR", dir.path());
         command.stdout(File::create(&out).unwrap()).stderr(File::create(&log).unwrap());
         let mut process = Process::start("serve", &mut command);

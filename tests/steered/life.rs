@@ -3,7 +3,7 @@
 use std::net::TcpStream;
 
 use nix::sys::signal::Signal;
-use test_support::{Dispatcher, configure, wait_until};
+use test_support::{Dispatcher, wait_until};
 
 use crate::place::*;
 
@@ -40,13 +40,13 @@ fn the_kernel_chooses_while_the_dispatcher_is_gone() {
     if !enter() {
         return;
     }
-    let pins = bpffs();
-    let config = format!(
-        "steer_pins = \"{}/pins\"\n{}on_dispatcher_loss = \"serve\"\n",
-        pins.path().display(),
-        keepers(3, "")
-    );
-    let folder = configure(&config);
+    chooses_without_dispatcher(&keepers(3, ""), |_| {});
+}
+
+/// Three processes of `pool` serve on without a dispatcher, and with the next one; `more` is done to
+/// it.
+pub fn chooses_without_dispatcher(pool: &str, more: impl FnOnce(&Dispatcher)) {
+    let (pins, folder) = outliving(pool);
     let mut dispatcher = Dispatcher::start_in(folder.path());
     let processes = processes_of(&ready(&dispatcher, 3));
     assert!(dispatcher.status().pools[0].steer.as_ref().unwrap().pinned);
@@ -69,6 +69,7 @@ fn the_kernel_chooses_while_the_dispatcher_is_gone() {
     held.extend((0..10).map(|_| connect()));
     wait_loads(&dispatcher, &[25, 25]);
     command(&dispatcher, &["resume", "web/web-2"]);
+    more(&dispatcher);
     drop(held);
     wait_loads(&dispatcher, &[0; 3]);
     command(&dispatcher, &["restart", "web", "--wait"]);
@@ -83,13 +84,7 @@ fn a_process_that_died_meanwhile_is_replaced() {
     if !enter() {
         return;
     }
-    let pins = bpffs();
-    let config = format!(
-        "steer_pins = \"{}/pins\"\n{}on_dispatcher_loss = \"serve\"\n",
-        pins.path().display(),
-        keepers(2, "")
-    );
-    let folder = configure(&config);
+    let (_pins, folder) = outliving(&keepers(2, ""));
     let mut dispatcher = Dispatcher::start_in(folder.path());
     let processes = processes_of(&ready(&dispatcher, 2));
     dispatcher.process.kill();

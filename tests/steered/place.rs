@@ -4,32 +4,51 @@ use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use dispatch_steer::machine;
 use dispatcher::api::status::{PoolStatus, Status};
 use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
-use test_support::{Dispatcher, PATIENCE, assert_conserved, skip, skip_on_this_kernel, wait_for};
+use test_support::{
+    Dispatcher, PATIENCE, assert_conserved, configure, skip, skip_on_this_kernel, wait_for,
+    wait_until,
+};
 
 /// The public address of every test.
 pub const PUBLIC: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8000);
 
-/// Says hello to each connection and keeps it until the client ends it. Ends with SIGTERM.
+/// Says hello to each connection and keeps it until the client ends it. Ends with SIGTERM. Its
+/// arguments are an address and a port; or `fd`, the first listener that it inherits, and how many
+/// seconds it needs to start. With SIGUSR1 it closes its first listener.
 pub const KEEPER: &str = r#"
-import selectors, signal, socket, sys
-address = (sys.argv[1], int(sys.argv[2]))
-listener = socket.create_server(address, backlog=4096)
-listener.setblocking(False)
+import os, selectors, signal, socket, sys, time
+if sys.argv[1] == "fd":
+    assert int(os.environ["LISTEN_PID"]) == os.getpid()
+    many = int(os.environ["LISTEN_FDS"])
+    assert len(os.environ["LISTEN_FDNAMES"].split(":")) == many
+    time.sleep(float(sys.argv[3]) if len(sys.argv) > 3 else 0)
+    listeners = [socket.socket(fileno=int(sys.argv[2]) + n) for n in range(many)]
+else:
+    listeners = [socket.create_server((sys.argv[1], int(sys.argv[2])), backlog=4096)]
 poll = selectors.DefaultSelector()
-poll.register(listener, selectors.EVENT_READ)
+def close(*_):
+    poll.unregister(listeners[0])
+    listeners[0].close()
+signal.signal(signal.SIGUSR1, close)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+for listener in listeners:
+    listener.setblocking(False)
+    poll.register(listener, selectors.EVENT_READ)
 while True:
     for key, _ in poll.select():
-        if key.fileobj is listener:
-            try: client, _ = listener.accept()
-            except OSError: continue
-            try: client.sendall(b"hello %d\n" % address[1])
+        if key.fileobj in listeners:
+            try: client, _ = key.fileobj.accept()
+            except BlockingIOError: continue
+            try: client.sendall(b"hello %d\n" % os.getpid())
             except OSError: client.close(); continue
             poll.register(client, selectors.EVENT_READ)
             continue
@@ -44,6 +63,52 @@ while True:
 pub fn keepers(processes: u32, more: &str) -> String {
     let pool = format!("[pool.web]\nmode = \"steer\"\nwait_for_worker = \"2s\"\n{more}");
     format!("{}{pool}\n{}", listener(), spawn(processes, &["python3", "-c", KEEPER]))
+}
+
+/// A configuration whose processes, and the kernel's choice, outlive the dispatcher, in a directory;
+/// and the bpffs of the pins. `pool` ends with the table of the processes.
+pub fn outliving(pool: &str) -> (Bpffs, TempDir) {
+    let pins = bpffs();
+    let keys = format!("steer_pins = \"{}/pins\"\n", pins.path().display());
+    let folder = configure(&format!("{keys}{pool}on_dispatcher_loss = \"serve\"\n"));
+    (pins, folder)
+}
+
+/// Clients that come without a pause, four at a time. Each must be served.
+pub struct Load {
+    over: Arc<AtomicBool>,
+    served: Arc<AtomicU64>,
+    clients: Vec<JoinHandle<()>>,
+}
+
+impl Load {
+    pub fn begin() -> Load {
+        let (over, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let client = |_| {
+            let (over, served) = (Arc::clone(&over), Arc::clone(&served));
+            std::thread::spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    drop(connect());
+                    served.fetch_add(1, Ordering::Relaxed);
+                    std::thread::sleep(PACE);
+                }
+            })
+        };
+        let clients = (0..4).map(client).collect();
+        Load { over, served, clients }
+    }
+
+    /// Ends it when 100 more clients were served.
+    pub fn end(self) {
+        let enough = self.served.load(Ordering::Relaxed) + 100;
+        wait_until("more clients", || {
+            let ended = self.clients.iter().any(JoinHandle::is_finished);
+            ended || self.served.load(Ordering::Relaxed) > enough
+        });
+        self.over.store(true, Ordering::Relaxed);
+        let clients = self.clients.into_iter();
+        clients.for_each(|client| client.join().expect("each client was served"));
+    }
 }
 
 pub fn listener() -> String {
@@ -186,6 +251,14 @@ pub fn command(dispatcher: &Dispatcher, arguments: &[&str]) -> String {
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     assert!(out.status.success(), "{arguments:?}: {text}{}", String::from_utf8_lossy(&out.stderr));
     text
+}
+
+/// What a command says that fails.
+pub fn refused(dispatcher: &Dispatcher, arguments: &[&str]) -> String {
+    let mut command = Command::new(test_support::dispatcher_bin());
+    let out = command.args(arguments).arg("--admin").arg(dispatcher.admin()).output().unwrap();
+    assert!(!out.status.success());
+    String::from_utf8_lossy(&out.stderr).into_owned()
 }
 
 /// The processes that run with this directory as their working directory or argument.

@@ -15,8 +15,8 @@ fn the_mode_of_a_pool_needs_a_restart() {
     if !enter() {
         return;
     }
-    let any = "family=socket.AF_INET6 if ':' in address[0] else socket.AF_INET, \
-               dualstack_ipv6=':' in address[0]";
+    let any = "family=socket.AF_INET6 if ':' in sys.argv[1] else socket.AF_INET, \
+               dualstack_ipv6=':' in sys.argv[1]";
     let program = KEEPER.replace("backlog=4096", any);
     let pool = "[pool.web]\nmode = \"steer\"\nwait_for_worker = \"2s\"\n";
     let text = format!("{}{pool}{}", listener(), spawn(2, &["python3", "-c", &program]));

@@ -2,54 +2,23 @@
 
 use std::io::Read;
 use std::net::{Ipv6Addr, SocketAddr, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use test_support::{Dispatcher, PATIENCE, configure, wait_for, wait_until};
 
 use crate::place::*;
+use crate::{life, workers};
 
-/// Serves the listeners that it inherits from the first one on, as [`KEEPER`] serves its own. With
-/// a second argument, it needs so many seconds to start.
-pub const HEIR: &str = r#"
-import os, selectors, signal, socket, sys, time
-assert int(os.environ["LISTEN_PID"]) == os.getpid()
-many = int(os.environ["LISTEN_FDS"])
-assert len(os.environ["LISTEN_FDNAMES"].split(":")) == many
-time.sleep(float(sys.argv[2]) if len(sys.argv) > 2 else 0)
-listeners = [socket.socket(fileno=int(sys.argv[1]) + n) for n in range(many)]
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-poll = selectors.DefaultSelector()
-for listener in listeners:
-    listener.setblocking(False)
-    poll.register(listener, selectors.EVENT_READ)
-while True:
-    for key, _ in poll.select():
-        if key.fileobj in listeners:
-            try: client, _ = key.fileobj.accept()
-            except BlockingIOError: continue
-            try: client.sendall(b"hello %d\n" % os.getpid())
-            except OSError: client.close(); continue
-            poll.register(client, selectors.EVENT_READ)
-            continue
-        try: data = key.fileobj.recv(4096)
-        except OSError: data = b""
-        if not data:
-            poll.unregister(key.fileobj)
-            key.fileobj.close()
-"#;
-
-/// The configuration of a pool `web` at [`PUBLIC`] with so many heirs.
+/// The configuration of a pool `web` at [`PUBLIC`] with so many keepers that inherit listeners.
 pub fn heirs(processes: u32, more: &str) -> String {
-    heirs_with(processes, more, &[])
+    heirs_with(processes, more, (KEEPER, &[]))
 }
 
-pub fn heirs_with(processes: u32, more: &str, arguments: &[&str]) -> String {
+pub fn heirs_with(processes: u32, more: &str, (program, arguments): (&str, &[&str])) -> String {
     let pool = format!("[pool.web]\nmode = \"steer\"\nwait_for_worker = \"5s\"\n{more}");
-    let program = HEIR.replace('{', "{{").replace('}', "}}");
-    let words = ["python3", "-c", &program, "{fd}"];
+    let program = program.replace('{', "{{").replace('}', "}}");
+    let words = ["python3", "-c", &program, "fd", "{fd}"];
     let words: Vec<String> =
         words.iter().chain(arguments).map(|word| format!("{word:?}")).collect();
     format!(
@@ -117,26 +86,7 @@ fn drain_resume_weight_and_maximum_apply_in_the_kernel() {
     if !enter() {
         return;
     }
-    let dispatcher = Dispatcher::start(&heirs(3, "max_connections_per_worker = 40\n"));
-    ready(&dispatcher, 3);
-    command(&dispatcher, &["drain", "web/web-1"]);
-    let mut held: Vec<TcpStream> = (0..20).map(|_| connect()).collect();
-    wait_loads(&dispatcher, &[10, 10]);
-    command(&dispatcher, &["resume", "web/web-1"]);
-    held.extend((0..10).map(|_| connect()));
-    wait_loads(&dispatcher, &[10; 3]);
-    command(&dispatcher, &["weight", "web/web-2", "2"]);
-    held.extend((0..10).map(|_| connect()));
-    wait_loads(&dispatcher, &[10, 20, 10]);
-    held.extend((0..80).map(|_| connect()));
-    wait_loads(&dispatcher, &[40; 3]);
-    let waiting = std::thread::spawn(connect);
-    dispatcher.wait_status("a SYN to be dropped", |status| {
-        status.pools[0].steer.as_ref().is_some_and(|it| it.dropped_full > 0)
-    });
-    held.pop();
-    held.push(waiting.join().unwrap());
-    wait_loads(&dispatcher, &[40; 3]);
+    workers::limits_apply(&Dispatcher::start(&heirs(3, workers::LIMITED)));
 }
 
 /// What waits in the queue of a killed worker is served by the others.
@@ -244,18 +194,7 @@ fn a_worker_that_closes_its_listener_is_replaced() {
         return;
     }
     for processes in [1, 3] {
-        // SIGUSR1 has it close its listener.
-        let close = HEIR.replace(
-            "poll = selectors",
-            "def close(*_):\n    poll.unregister(listeners[0]); listeners[0].close()\n\
-             signal.signal(signal.SIGUSR1, close)\npoll = selectors",
-        );
         let config = heirs(processes, "handoff_timeout = \"300ms\"\n");
-        let escaped = |text: &str| {
-            let text = format!("{:?}", text.replace('{', "{{").replace('}', "}}"));
-            text[1..text.len() - 1].to_owned()
-        };
-        let config = config.replace(&escaped(HEIR), &escaped(&close));
         let dispatcher = Dispatcher::start(&config);
         ready(&dispatcher, processes as usize);
         let held = dial();
@@ -279,23 +218,11 @@ fn processes_come_and_go_without_losing_a_client() {
     if !enter() {
         return;
     }
-    let config = heirs_with(2, "handoff_timeout = \"60s\"\n", &["0.7"]);
+    let config = heirs_with(2, "handoff_timeout = \"60s\"\n", (KEEPER, &["0.7"]));
     let mut dispatcher = Dispatcher::start(&config);
     ready(&dispatcher, 2);
     let descriptors = descriptors_of(&dispatcher);
-    let (over, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-    let clients: Vec<_> = (0..4)
-        .map(|_| {
-            let (over, served) = (Arc::clone(&over), Arc::clone(&served));
-            std::thread::spawn(move || {
-                while !over.load(Ordering::Relaxed) {
-                    drop(connect());
-                    served.fetch_add(1, Ordering::Relaxed);
-                    std::thread::sleep(PACE);
-                }
-            })
-        })
-        .collect();
+    let load = Load::begin();
     command(&dispatcher, &["restart", "web", "--wait"]);
     command(&dispatcher, &["scale", "web", "4"]);
     ready(&dispatcher, 4);
@@ -304,9 +231,7 @@ fn processes_come_and_go_without_losing_a_client() {
     ready(&dispatcher, 4);
     command(&dispatcher, &["scale", "web", "2"]);
     dispatcher.wait_status("two to end", |status| status.pools[0].workers.len() == 2);
-    over.store(true, Ordering::Relaxed);
-    clients.into_iter().for_each(|client| client.join().expect("each client was served"));
-    assert!(served.load(Ordering::Relaxed) > 100);
+    load.end();
     wait_loads(&dispatcher, &[0; 2]);
     wait_until("its descriptors to be as before", || descriptors_of(&dispatcher) == descriptors);
     let processes = processes_of(&dispatcher.status().pools[0]);
@@ -325,7 +250,7 @@ fn a_process_gets_no_client_before_it_accepts() {
     if !enter() {
         return;
     }
-    let dispatcher = Dispatcher::start(&heirs_with(1, "", &["1.5"]));
+    let dispatcher = Dispatcher::start(&heirs_with(1, "", (KEEPER, &["1.5"])));
     let first = processes_of(&ready(&dispatcher, 1))[0];
     command(&dispatcher, &["scale", "web", "2"]);
     let held: Vec<i32> = wait_for("a second process that accepts", || {
@@ -384,46 +309,15 @@ fn the_kernel_chooses_while_the_dispatcher_is_gone() {
     if !enter() {
         return;
     }
-    let pins = bpffs();
-    let config = format!(
-        "steer_pins = \"{}/pins\"\n{}on_dispatcher_loss = \"serve\"\n",
-        pins.path().display(),
-        heirs(3, "handoff_timeout = \"60s\"\n")
-    );
-    let folder = configure(&config);
-    let mut dispatcher = Dispatcher::start_in(folder.path());
-    let processes = processes_of(&ready(&dispatcher, 3));
-    assert!(dispatcher.status().pools[0].steer.as_ref().unwrap().pinned);
-    let mut held: Vec<TcpStream> = (0..30).map(|_| connect()).collect();
-    wait_loads(&dispatcher, &[10; 3]);
-    for (round, how) in [Signal::SIGKILL, Signal::SIGUSR1, Signal::SIGKILL].iter().enumerate() {
-        dispatcher.process.signal(*how);
-        dispatcher.process.wait();
-        // No dispatcher: the kernel shares these exactly, too.
-        held.extend((0..15).map(|_| connect()));
-        dispatcher = Dispatcher::start_in(folder.path());
-        let pool = ready(&dispatcher, 3);
-        assert!(processes_of(&pool).iter().all(|pid| processes.contains(pid)));
-        let each = 10 + 5 * (round as u64 + 1);
-        wait_loads(&dispatcher, &[each; 3]);
-    }
-    // It is in command again.
-    command(&dispatcher, &["drain", "web/web-2"]);
-    held.extend((0..10).map(|_| connect()));
-    wait_loads(&dispatcher, &[30, 30]);
-    command(&dispatcher, &["resume", "web/web-2"]);
-    // What waits in the queue of a worker that it has adopted is moved, too.
-    let killed = pid_of(&dispatcher, "web-2");
-    signal(killed, Signal::SIGSTOP);
-    let mut clients: Vec<TcpStream> = (0..20).map(|_| dial()).collect();
-    signal(killed, Signal::SIGKILL);
-    assert!(clients.iter_mut().all(|client| answer(client) != killed));
-    drop((held, clients));
-    wait_loads(&dispatcher, &[0; 3]);
-    command(&dispatcher, &["restart", "web", "--wait"]);
-    assert!(dispatcher.stop().success());
-    assert!(!has_files(&pins.path().join("pins")), "no pin is left");
-    assert!(TcpStream::connect(PUBLIC).is_err());
+    let pool = heirs(3, "handoff_timeout = \"60s\"\n");
+    life::chooses_without_dispatcher(&pool, |dispatcher| {
+        // What waits in the queue of a worker that it has adopted is moved, too.
+        let killed = pid_of(dispatcher, "web-2");
+        signal(killed, Signal::SIGSTOP);
+        let mut clients: Vec<TcpStream> = (0..20).map(|_| dial()).collect();
+        signal(killed, Signal::SIGKILL);
+        assert!(clients.iter_mut().all(|client| answer(client) != killed));
+    });
 }
 
 /// A process that dies while there is no dispatcher leaves its queue to the others, and is
@@ -433,13 +327,7 @@ fn a_process_that_died_meanwhile_is_replaced() {
     if !enter() {
         return;
     }
-    let pins = bpffs();
-    let config = format!(
-        "steer_pins = \"{}/pins\"\n{}on_dispatcher_loss = \"serve\"\n",
-        pins.path().display(),
-        heirs(3, "handoff_timeout = \"60s\"\n")
-    );
-    let folder = configure(&config);
+    let (_pins, folder) = outliving(&heirs(3, "handoff_timeout = \"60s\"\n"));
     let mut dispatcher = Dispatcher::start_in(folder.path());
     ready(&dispatcher, 3);
     let dies = pid_of(&dispatcher, "web-2");
@@ -508,7 +396,7 @@ fn a_reload_keeps_the_listeners() {
     let refused = refused(&dispatcher, &["reload"]);
     assert!(refused.contains("listener `other`: processes inherit the listeners"), "{refused}");
     std::fs::write(&file, text.replace("8000", "8001")).unwrap();
-    assert!(self::refused(&dispatcher, &["reload"]).contains("listener `web`"));
+    assert!(crate::place::refused(&dispatcher, &["reload"]).contains("listener `web`"));
     std::fs::write(&file, text.replace("processes = 2", "processes = 3")).unwrap();
     command(&dispatcher, &["reload"]);
     ready(&dispatcher, 3);
@@ -517,14 +405,55 @@ fn a_reload_keeps_the_listeners() {
     drop(held);
 }
 
-/// What a command says that fails.
-pub fn refused(dispatcher: &Dispatcher, arguments: &[&str]) -> String {
-    let out = std::process::Command::new(test_support::dispatcher_bin())
-        .args(arguments)
-        .arg("--admin")
-        .arg(dispatcher.admin())
-        .output()
-        .unwrap();
-    assert!(!out.status.success());
-    String::from_utf8_lossy(&out.stderr).into_owned()
+/// Pins that cannot be made: the choice ends with the dispatcher, and ports are shared all the same.
+#[test]
+fn without_bpffs_the_choice_is_not_pinned() {
+    if !enter() {
+        return;
+    }
+    let place = tempfile::tempdir().unwrap();
+    let keys = format!("steer_pins = \"{}/pins\"\n", place.path().display());
+    let config = format!("{keys}{}on_dispatcher_loss = \"serve\"\n", heirs(2, ""));
+    let dispatcher = Dispatcher::start(&config);
+    let steer = ready(&dispatcher, 2).steer.unwrap();
+    assert!(steer.attached && !steer.pinned, "{steer:?}");
+    assert!(dispatcher.log().contains("event=steering_not_pinned"));
+    let held: Vec<TcpStream> = (0..10).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[5, 5]);
+    drop(held);
+    // Its processes would serve on.
+    let processes = processes_of(&dispatcher.status().pools[0]);
+    drop(dispatcher);
+    processes.into_iter().for_each(|pid| signal(pid, Signal::SIGKILL));
+}
+
+/// A pool that a reload removes refuses clients, and keeps those that it has.
+#[test]
+fn a_removed_pool_refuses_clients_at_once() {
+    if !enter() {
+        return;
+    }
+    let other = "[[listener]]\nname = \"other\"\naddress = \"127.0.0.1:9000\"\npool = \"other\"\n\
+                 [pool.other]\n";
+    let config = heirs(2, "").replace("\"5s\"", "\"1h\"");
+    let folder = configure(&format!("{config}{other}"));
+    let file = folder.path().join("dispatcher.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let dispatcher = Dispatcher::start_in(folder.path());
+    let web = |status: &dispatcher::api::status::Status| {
+        status.pools.iter().find(|pool| pool.name == "web").cloned()
+    };
+    dispatcher.wait_status("the workers to listen", |status| {
+        web(status).is_some_and(|pool| active(&pool).len() == 2)
+    });
+    let mut held = dial();
+    answer(&mut held);
+    std::fs::write(&file, text.replace(&config, "")).unwrap();
+    command(&dispatcher, &["reload"]);
+    wait_until("clients to be refused", || TcpStream::connect(PUBLIC).is_err());
+    held.set_nonblocking(true).unwrap();
+    let quiet = held.read(&mut [0]).unwrap_err();
+    assert_eq!(quiet.kind(), std::io::ErrorKind::WouldBlock, "it is kept");
+    drop(held);
+    dispatcher.wait_status("the pool to be gone", |status| web(status).is_none());
 }

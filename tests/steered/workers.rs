@@ -1,8 +1,6 @@
 //! Decisions of the core, applied by the kernel: drains, weights, limits, suspicion, processes.
 
 use std::net::TcpStream;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -36,20 +34,26 @@ fn drain_resume_weight_and_maximum_apply_in_the_kernel() {
     if !enter() {
         return;
     }
-    let dispatcher = Dispatcher::start(&keepers(3, "max_connections_per_worker = 40\n"));
-    ready(&dispatcher, 3);
-    command(&dispatcher, &["drain", "web/web-1"]);
+    limits_apply(&Dispatcher::start(&keepers(3, LIMITED)));
+}
+
+pub const LIMITED: &str = "max_connections_per_worker = 40\n";
+
+/// At three workers that are [`LIMITED`].
+pub fn limits_apply(dispatcher: &Dispatcher) {
+    ready(dispatcher, 3);
+    command(dispatcher, &["drain", "web/web-1"]);
     let mut held: Vec<TcpStream> = (0..20).map(|_| connect()).collect();
-    wait_loads(&dispatcher, &[10, 10]);
-    command(&dispatcher, &["resume", "web/web-1"]);
+    wait_loads(dispatcher, &[10, 10]);
+    command(dispatcher, &["resume", "web/web-1"]);
     held.extend((0..10).map(|_| connect()));
-    wait_loads(&dispatcher, &[10; 3]);
-    command(&dispatcher, &["weight", "web/web-2", "2"]);
+    wait_loads(dispatcher, &[10; 3]);
+    command(dispatcher, &["weight", "web/web-2", "2"]);
     held.extend((0..10).map(|_| connect()));
-    wait_loads(&dispatcher, &[10, 20, 10]);
+    wait_loads(dispatcher, &[10, 20, 10]);
     // 120 have room; the next one waits for a place.
     held.extend((0..80).map(|_| connect()));
-    wait_loads(&dispatcher, &[40; 3]);
+    wait_loads(dispatcher, &[40; 3]);
     let waiting = std::thread::spawn(connect);
     dispatcher.wait_status("a SYN to be dropped", |status| {
         status.pools[0].state == "back-pressure"
@@ -57,7 +61,7 @@ fn drain_resume_weight_and_maximum_apply_in_the_kernel() {
     });
     held.pop();
     held.push(waiting.join().unwrap());
-    wait_loads(&dispatcher, &[40; 3]);
+    wait_loads(dispatcher, &[40; 3]);
 }
 
 /// A worker that stops accepting is suspect, and trusted again when it accepts.
@@ -121,19 +125,7 @@ fn processes_are_replaced_without_losing_a_client() {
     let dispatcher = Dispatcher::start(&keepers(2, ""));
     let before = processes_of(&ready(&dispatcher, 2));
     let held = connect();
-    let (over, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-    let clients: Vec<_> = (0..4)
-        .map(|_| {
-            let (over, served) = (Arc::clone(&over), Arc::clone(&served));
-            std::thread::spawn(move || {
-                while !over.load(Ordering::Relaxed) {
-                    drop(connect());
-                    served.fetch_add(1, Ordering::Relaxed);
-                    std::thread::sleep(PACE);
-                }
-            })
-        })
-        .collect();
+    let load = Load::begin();
     command(&dispatcher, &["restart", "web", "--wait"]);
     let status = dispatcher.status();
     let now = active(&status.pools[0]);
@@ -148,12 +140,7 @@ fn processes_are_replaced_without_losing_a_client() {
     drop(held);
     dispatcher.wait_status("the others to end", |status| status.pools[0].workers.len() == 1);
     assert!(before.iter().all(|&pid| !is_alive(pid)));
-    let enough = served.load(Ordering::Relaxed) + 100;
-    wait_until("more clients", || served.load(Ordering::Relaxed) > enough);
-    over.store(true, Ordering::Relaxed);
-    for client in clients {
-        client.join().expect("every client is served");
-    }
+    load.end();
     assert_eq!(dispatcher.status().pools[0].steer.as_ref().unwrap().refused, 0);
 }
 

@@ -147,6 +147,14 @@ impl SharedMaps {
             .map_err(|error| Error::refused("forget a connection of this process", error))
     }
 
+    /// Forgets all of them.
+    pub fn direct_none(&mut self) -> Result<(), Error> {
+        let refused = |error| Error::refused("read the connections of this process", error);
+        let map = HashMap::<&MapData, Remote, u32>::try_from(&self.directed).map_err(refused)?;
+        let all: Vec<Remote> = map.keys().collect::<Result<_, _>>().map_err(refused)?;
+        all.iter().try_for_each(|remote| self.direct_no_more(remote))
+    }
+
     pub fn moves(&self) -> Result<Moves, Error> {
         Array::try_from(&self.moves)
             .and_then(|map: Array<&MapData, Moves>| map.get(&0, 0))

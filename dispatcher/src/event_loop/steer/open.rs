@@ -42,14 +42,16 @@ pub(super) fn open(spec: PoolSpec) -> Result<(PoolMaps, Opened), String> {
         }
         None => {
             let options = Options { cgroup: cgroup.clone(), wait: spec.wait };
-            let steering = match spec.shared {
-                true => Steering::load_shared(&options),
-                false => Steering::load(&options),
+            let load = || {
+                let loaded = match spec.shared {
+                    true => Steering::load_shared(&options),
+                    false => Steering::load(&options),
+                };
+                loaded.map_err(|error| error.to_string())
             };
-            let steering = steering.map_err(|error| error.to_string())?;
             match &pins {
-                None => steering,
-                Some(pins) => pin(steering, &options, pins, &mut opened)?,
+                None => load()?,
+                Some(pins) => pin(load()?, load, pins, &mut opened)?,
             }
         }
     };
@@ -77,7 +79,7 @@ fn remove_others(pool: &str, all: &Path, own: &Path) -> Result<(), String> {
 /// Pins the programs. Without pins the choice ends with the dispatcher, which is better than none.
 fn pin(
     steering: Steering,
-    options: &Options,
+    again: impl FnOnce() -> Result<Steering, String>,
     pins: &Path,
     opened: &mut Opened,
 ) -> Result<Steering, String> {
@@ -99,7 +101,7 @@ fn pin(
         }
         Err(error) => {
             opened.not_pinned = Some(error);
-            Steering::load(options).map_err(|error| error.to_string())
+            again()
         }
     }
 }

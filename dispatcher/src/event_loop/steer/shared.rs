@@ -26,6 +26,8 @@ pub(super) const BACKLOG: u32 = 4096;
 #[derive(Default)]
 pub(super) struct Shared {
     probe: Option<Probe>,
+    /// It has yet to accept a connection of the dispatcher. There may be no descriptor for one.
+    must_accept: bool,
     /// It has accepted a connection.
     pub(super) accepts: bool,
     /// Its process has ended, and no other worker could take its queue.
@@ -95,7 +97,7 @@ impl PoolMaps {
             self.steering.remove_worker(number)?;
         }
         let listeners = opened?;
-        known.shared = Some(Shared::default());
+        known.shared = Some(Shared { must_accept: true, ..Shared::default() });
         self.slots.insert(number, known);
         self.probe(number);
         Ok((number, address, listeners))
@@ -141,15 +143,18 @@ impl PoolMaps {
                 continue;
             }
             let outcome = match &shared.probe {
-                Some(probe) => self.steering.probed(probe)?,
-                None if shared.accepts => Probed::Waits,
-                None => Probed::Failed,
+                // What the kernel does not tell now, it is asked again.
+                Some(probe) => self.steering.probed(probe).unwrap_or(Probed::Waits),
+                None if shared.must_accept => Probed::Failed,
+                None => Probed::Waits,
             };
             if outcome == Probed::Waits {
                 self.look_after_listener(number)?;
                 continue;
             }
-            shared.accepts |= outcome == Probed::Accepted;
+            if outcome == Probed::Accepted {
+                (shared.accepts, shared.must_accept) = (true, false);
+            }
             if let Some(probe) = shared.probe.take() {
                 self.steering.end_probe(probe)?;
             }
@@ -226,6 +231,7 @@ impl PoolMaps {
         if shared.closed {
             return Ok(());
         }
+        shared.must_accept = true;
         if let Some(probe) = shared.probe.take() {
             self.steering.end_probe(probe)?;
         }

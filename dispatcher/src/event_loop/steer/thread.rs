@@ -301,7 +301,9 @@ impl PoolMaps {
     }
 
     pub(super) fn change(&mut self, spec: PoolSpec) -> Result<(), Error> {
-        self.steering.set_wait(spec.wait)?;
+        // An inherited listener stays: without an address of the pool its clients are refused.
+        let refuses = spec.shared && spec.publics.is_empty();
+        self.steering.set_wait(if refuses { Duration::ZERO } else { spec.wait })?;
         self.steering.set_policy(policy(spec.policy))?;
         for new in &spec.publics {
             match (spec.shared, new.ipv6_only) {
