@@ -43,8 +43,8 @@ fn the_kernel_chooses_while_the_dispatcher_is_gone() {
     chooses_without_dispatcher(&keepers(3, ""), |_| {});
 }
 
-/// Three processes of `pool` serve on without a dispatcher, and with the next one; `more` is done to
-/// it.
+/// Three processes of `pool` serve on without a dispatcher, and with the next one; `more` is done
+/// to it.
 pub fn chooses_without_dispatcher(pool: &str, more: impl FnOnce(&Dispatcher)) {
     let (pins, folder) = outliving(pool);
     let mut dispatcher = Dispatcher::start_in(folder.path());

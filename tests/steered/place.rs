@@ -65,8 +65,8 @@ pub fn keepers(processes: u32, more: &str) -> String {
     format!("{}{pool}\n{}", listener(), spawn(processes, &["python3", "-c", KEEPER]))
 }
 
-/// A configuration whose processes, and the kernel's choice, outlive the dispatcher, in a directory;
-/// and the bpffs of the pins. `pool` ends with the table of the processes.
+/// A configuration whose processes, and the kernel's choice, outlive the dispatcher, in a
+/// directory; and the bpffs of the pins. `pool` ends with the table of the processes.
 pub fn outliving(pool: &str) -> (Bpffs, TempDir) {
     let pins = bpffs();
     let keys = format!("steer_pins = \"{}/pins\"\n", pins.path().display());

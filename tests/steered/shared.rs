@@ -405,7 +405,8 @@ fn a_reload_keeps_the_listeners() {
     drop(held);
 }
 
-/// Pins that cannot be made: the choice ends with the dispatcher, and ports are shared all the same.
+/// Pins that cannot be made: the choice ends with the dispatcher, and ports are shared all the
+/// same.
 #[test]
 fn without_bpffs_the_choice_is_not_pinned() {
     if !enter() {
