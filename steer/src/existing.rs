@@ -92,22 +92,22 @@ impl Steering {
 
     /// Takes over the listeners of shared ports that a process has from an earlier process of this
     /// program. Returns the number of its worker: after [`Steering::adopt`] the one that it had, or
-    /// else `free`, whose connections of before are not counted.
+    /// else `free`, whose connections of before are not counted. `None` if it has closed them all.
     ///
     /// It needs the right to fetch descriptors, as [`Steering::adopt_listeners`]. `cgroup` is the
     /// one to which the programs are attached.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if the process has no such listener, or there is none at one of the
-    /// public addresses; [`Error::Listener`] if it may not be fetched, or was opened outside of the
+    /// [`Error::Invalid`] if the process has no listener at one of the public addresses, or there
+    /// are no such addresses; [`Error::Listener`] if it may not be fetched, or was opened outside of the
     /// cgroup; otherwise as [`Steering::take_listeners`].
     pub fn take_listeners_of(
         &mut self,
         process: u32,
         cgroup: &Path,
         free: u32,
-    ) -> Result<u32, Error> {
+    ) -> Result<Option<u32>, Error> {
         let group = Group::read(cgroup)?;
         let publics = self.public_addresses()?;
         let mut found = Vec::new();
@@ -137,7 +137,13 @@ impl Steering {
                 }
             }
         }
-        if listeners.len() < publics.len() || listeners.is_empty() {
+        if publics.is_empty() {
+            return Err(Error::Invalid("the pool has no public address".to_owned()));
+        }
+        if listeners.is_empty() {
+            return Ok(None);
+        }
+        if listeners.len() < publics.len() {
             let many = (listeners.len(), publics.len());
             let text = format!("process {process} has {} of {} listeners", many.0, many.1);
             return Err(Error::Invalid(text));
@@ -149,7 +155,7 @@ impl Steering {
         }
         let listeners = listeners.into_iter().map(|(_, listener)| listener).collect();
         self.take_listeners(worker, listeners)?;
-        Ok(worker)
+        Ok(Some(worker))
     }
 
     /// The number that a removed worker had, if a listener of it is still open at one of these

@@ -102,6 +102,18 @@ impl Core {
         self.settle_processes(now, p);
     }
 
+    /// A process of an earlier dispatcher lets no clients in any more, so that its worker does not
+    /// join: it leaves, and another one takes its place.
+    pub fn process_has_closed(&mut self, now: Time, process: ProcessId) {
+        let p = usize::from(process.pool.0);
+        if let Some(pool) = self.pools.get_mut(p) {
+            let mut actions = Vec::new();
+            pool.processes.leaves(now, process, &mut actions);
+            self.act(now, p, actions);
+            self.settle_processes(now, p);
+        }
+    }
+
     /// A process uses more than `max_memory`: it is replaced.
     pub fn exceeds_memory(&mut self, now: Time, process: ProcessId) {
         let p = usize::from(process.pool.0);

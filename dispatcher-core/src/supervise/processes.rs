@@ -275,11 +275,11 @@ impl Processes {
         }
     }
 
-    /// The worker of a process announced that it leaves.
+    /// The worker of a process announced that it leaves, or the process has closed its listeners.
     pub(crate) fn leaves(&mut self, now: Time, id: ProcessId, actions: &mut Vec<Act>) {
         let Some(process) = self.get(id).filter(|process| process.holds()) else { return };
         process.phase = Phase::leaving(Leave::Own, now);
-        let lasted = process.has_lasted(now);
+        let lasted = process.has_lasted(now) || process.adopted;
         let (step, generation) = (std::mem::take(&mut process.step), process.generation);
         if id.place >= self.wanted || self.stopped {
             return;

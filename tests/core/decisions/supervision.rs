@@ -470,6 +470,28 @@ fn an_adopted_process_that_was_leaving_keeps_its_connections() {
     }
 }
 
+/// It ends after its last connection, which only its own dispatcher has counted.
+#[test]
+fn an_adopted_process_that_has_closed_its_listeners_is_replaced_and_keeps_its_connections() {
+    let mut pool = PoolSettings { processes: 1, ..settings() };
+    pool.supervision.start_timeout = ms(1_000);
+    pool.supervision.stop_timeout = ms(1_000);
+    let mut core = Core::new(vec![pool], vec![listener()], Time(1));
+    let closed = core.adopt(Time(1), PoolId(0), (0, 1), false, Generation::FIRST).unwrap();
+    core.tick(Time(2));
+    assert_eq!(core.effect(), None, "it may serve clients");
+    core.process_has_closed(Time(2), closed);
+    let effects: Vec<Effect> = std::iter::from_fn(|| core.effect()).collect();
+    let starts = |it: &Effect| matches!(it, Effect::Spawn { process } if process.place == 0);
+    assert!(effects.iter().any(starts), "without a delay: its start did not fail");
+    core.tick(Time(2) + ms(600_000));
+    let ends =
+        |it: &Effect| matches!(it, Effect::StopProcess { process, .. } if *process == closed);
+    assert!(!std::iter::from_fn(|| core.effect()).any(|it| ends(&it)));
+    core.exited(Time(2) + ms(600_000), closed);
+    core.check();
+}
+
 #[test]
 fn adopted_processes_with_the_same_number_are_told_apart() {
     let pool = PoolSettings { processes: 2, ..settings() };

@@ -344,6 +344,7 @@ impl EventLoop {
             SteerEvent::NotCounted(slot, why) => self.not_counted(slot, why),
             SteerEvent::QueueMoved(slot) => self.steer_again(slot),
             SteerEvent::NotPrepared { holder, error } => self.not_prepared(holder, &error),
+            SteerEvent::HasClosed(holder) => self.has_closed(holder),
             SteerEvent::Listens(slot, counts) => {
                 self.reset_early(slot.pool);
                 self.slot_listens(slot, counts);
@@ -449,6 +450,18 @@ impl EventLoop {
                 self.fault(FaultKind::Steering, &name, text);
             }
         }
+    }
+
+    /// A process of an earlier dispatcher ends after its last connection: nothing is counted for it.
+    fn has_closed(&mut self, holder: Holder) {
+        self.steers.expected.remove(&holder);
+        let Holder::Process(process) = holder else { return };
+        log::info!(
+            "event=process_leaves pool={} worker={} reason=\"it has closed its listeners\"",
+            value(self.core.pool_name(process.pool)),
+            value(&self.process_name(process))
+        );
+        self.core.process_has_closed(self.now, process);
     }
 
     fn slot_listens(&mut self, slot: Slot, counts: SteerCounts) {

@@ -110,8 +110,9 @@ pub(super) enum SteerCommand {
     Open(Box<PoolSpec>),
     /// The settings of a pool have changed; its workers stay.
     Change(Box<PoolSpec>),
-    /// Find a slot for a worker: [`SteerEvent::Prepared`] or [`SteerEvent::NotPrepared`]. Without
-    /// an address it gets a free one, or listeners. `adopt`: it may listen already.
+    /// Find a slot for a worker: [`SteerEvent::Prepared`], [`SteerEvent::NotPrepared`] or
+    /// [`SteerEvent::HasClosed`]. Without an address it gets a free one, or listeners. `adopt`: it
+    /// may listen already.
     Prepare { pool: PoolId, holder: Holder, address: Option<SocketAddr>, adopt: Option<Adopt> },
     /// Every worker of an earlier dispatcher was asked for: other slots are freed.
     Sweep(PoolId),
@@ -153,6 +154,8 @@ pub(super) enum SteerEvent {
     Prepared { holder: Holder, slot: Slot, address: SocketAddr, listeners: Vec<(String, OwnedFd)> },
     /// There is no slot for it.
     NotPrepared { holder: Holder, error: String },
+    /// A process of an earlier dispatcher has closed the listeners that it inherited.
+    HasClosed(Holder),
     /// A worker listens.
     Listens(Slot, SteerCounts),
     /// It has closed its last listener.

@@ -61,17 +61,19 @@ impl PoolMaps {
         Ok(())
     }
 
-    /// Takes over the listeners that a process of an earlier dispatcher has.
-    pub(super) fn take_listeners(&mut self, pid: i32) -> Result<Inherits, Error> {
+    /// Takes over the listeners that a process of an earlier dispatcher has. `None` if it has closed
+    /// them.
+    pub(super) fn take_listeners(&mut self, pid: i32) -> Result<Option<Inherits>, Error> {
         let free = self.free_number()?;
         let process = u32::try_from(pid).unwrap_or(0);
-        let number = self.steering.take_listeners_of(process, &self.cgroup, free)?;
+        let taken = self.steering.take_listeners_of(process, &self.cgroup, free)?;
+        let Some(number) = taken else { return Ok(None) };
         let address = self.public()?;
         // It has accepted connections before.
         let mut known = Known::new(address);
         known.shared = Some(Shared { accepts: true, pid: Some(pid), ..Shared::default() });
         self.slots.insert(number, known);
-        Ok((number, address, Vec::new()))
+        Ok(Some((number, address, Vec::new())))
     }
 
     fn public(&self) -> Result<SocketAddr, Error> {

@@ -154,10 +154,11 @@ impl SteerThread {
             }
             SteerCommand::Prepare { pool, holder, address, adopt } => {
                 let event = match self.prepare(pool, address, adopt) {
-                    Ok((number, address, listeners)) => {
+                    Ok(Some((number, address, listeners))) => {
                         let slot = Slot { pool, number };
                         SteerEvent::Prepared { holder, slot, address, listeners }
                     }
+                    Ok(None) => SteerEvent::HasClosed(holder),
                     Err(error) => SteerEvent::NotPrepared { holder, error },
                 };
                 self.outbox.report(event);
@@ -190,17 +191,18 @@ impl SteerThread {
         }
     }
 
-    /// Finds a slot, and registers the address there.
+    /// Finds a slot, and registers the address there. `None` if the process to adopt has closed the
+    /// listeners that it inherited.
     fn prepare(
         &mut self,
         id: PoolId,
         address: Option<SocketAddr>,
         adopt: Option<Adopt>,
-    ) -> Result<Inherits, String> {
+    ) -> Result<Option<Inherits>, String> {
         if let Some(pool) = self.pools.get_mut(&id).filter(|pool| pool.spec.shared) {
             let prepared = match adopt {
                 Some(Adopt { pid }) => pool.take_listeners(pid),
-                None => pool.open_listeners(),
+                None => pool.open_listeners().map(Some),
             };
             return prepared.map_err(|error| error.to_string());
         }
@@ -217,7 +219,7 @@ impl SteerThread {
         };
         let pool = self.pools.get_mut(&id).ok_or("its pool has no programs in the kernel")?;
         let number = pool.register(address, adopt.is_some()).map_err(|error| error.to_string())?;
-        Ok((number, address, Vec::new()))
+        Ok(Some((number, address, Vec::new())))
     }
 
     fn note(&mut self, id: PoolId, result: Result<(), Error>) {

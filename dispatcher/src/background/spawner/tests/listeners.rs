@@ -49,8 +49,15 @@ fn at(directory: &Path) -> impl Fn(&mut SpawnRequest) {
 /// The descriptors of a process that has these listeners, by number.
 fn descriptors(listeners: Listeners) -> BTreeMap<i32, String> {
     let bench = Bench::new();
-    bench.spawn_with(0, &["sleep", "1000"], |request| request.listeners = listeners);
-    let entries = std::fs::read_dir(format!("/proc/{}/fd", bench.started())).expect("running");
+    // Before its first instruction a program has files open for its libraries.
+    let stops = ["sh", "-c", "kill -STOP $$"];
+    bench.spawn_with(0, &stops, |request| request.listeners = listeners);
+    let pid = bench.started();
+    becomes("the process to stop", || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("running");
+        stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+    });
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("running");
     let of = |entry: std::fs::DirEntry| {
         let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
         let file = std::fs::read_link(entry.path()).expect("open");
