@@ -31,7 +31,8 @@
 struct steer_shared_settings {
 	/* Boolean: connections are counted although no process has the sinks. */
 	__u32 pinned;
-	__u32 reserved;
+	/* Boolean: `directed` may have entries. */
+	__u32 directs;
 };
 
 /* Map `moves`, one entry. The programs write it. */
@@ -40,6 +41,8 @@ struct steer_moves {
 	__u64 migrated;
 	/* Those that were reset, because no other listener was open. */
 	__u64 lost;
+	/* Entries of `moved`. */
+	__u64 open;
 };
 
 struct {
@@ -64,17 +67,22 @@ struct {
 } moves SEC(".maps");
 
 /*
- * By the cookie of a connection that counts: its first worker. The program that migrates cannot
- * read `owners`. If an entry was forgotten, the count stays with the first worker.
+ * By the cookie of a listener: its worker, for the program that migrates, which cannot read
+ * `owners`. The loader writes it.
  */
 struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, STEER_MAX_REMOTES);
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, STEER_MAX_GROUPS * STEER_MAX_WORKERS);
 	__type(key, __u64);
 	__type(value, __u32);
-} recent SEC(".maps");
+} listener_workers SEC(".maps");
 
-/* By the cookie of a connection that was migrated and counts: its present worker. */
+/*
+ * By the cookie of a connection that was migrated and counts: its present worker. The loader makes
+ * entries with STEER_NOT_COUNTED for connections that waited in a queue before any was counted.
+ */
+#define STEER_NOT_COUNTED (~0U)
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -189,22 +197,33 @@ __noinline int select_refuge(struct sk_reuseport_md *ctx, __u32 group, __u32 man
 	return refuge.worker;
 }
 
-/* Counts a connection of a queue for its new worker. The socket is locked: it cannot end now. */
-__noinline int move_live(__u64 cookie, __u32 worker)
+/*
+ * Counts a connection of the queue of a listener for its new worker. The socket is locked: it cannot
+ * end now. If there is no room to note it, the count stays with the first worker.
+ */
+__noinline int move_live(__u64 listener, __u64 cookie, __u32 worker)
 {
 	struct steer_counts *from, *to;
-	__u32 *known, former;
+	__u32 zero = 0, *known, former;
+	struct steer_moves *m;
+	int is_new;
 
+	m = bpf_map_lookup_elem(&moves, &zero);
 	known = bpf_map_lookup_elem(&moved, &cookie);
-	if (!known)
-		known = bpf_map_lookup_elem(&recent, &cookie);
-	if (!known)
+	is_new = !known;
+	if (is_new)
+		known = bpf_map_lookup_elem(&listener_workers, &listener);
+	if (!known || !m)
 		return 0;
 	former = *known;
+	if (former == STEER_NOT_COUNTED)
+		return 0;
 	from = bpf_map_lookup_elem(&counts, &former);
 	to = bpf_map_lookup_elem(&counts, &worker);
 	if (!from || !to || bpf_map_update_elem(&moved, &cookie, &worker, BPF_ANY))
 		return 0;
+	if (is_new)
+		__sync_fetch_and_add(&m->open, 1);
 	__sync_fetch_and_add(&from->live, -1);
 	__sync_fetch_and_add(&to->live, 1);
 	__sync_fetch_and_add(&from->moved_out, 1);
@@ -240,7 +259,7 @@ __noinline int migrate(struct sk_reuseport_md *ctx, __u32 group, __u32 is_v6)
 	struct steer_settings *conf;
 	struct steer_state *st;
 	struct steer_moves *m;
-	struct bpf_sock *sk;
+	struct bpf_sock *sk, *listener = ctx->sk;
 	__u32 zero = 0, is_request;
 	int worker;
 
@@ -274,8 +293,8 @@ __noinline int migrate(struct sk_reuseport_md *ctx, __u32 group, __u32 is_v6)
 	__sync_fetch_and_add(&m->migrated, 1);
 	if (is_request)
 		move_pending(&remote, worker, now);
-	else
-		move_live(bpf_get_socket_cookie(sk), worker);
+	else if (!has_ended(sk->state))
+		move_live(bpf_get_socket_cookie(listener), bpf_get_socket_cookie(sk), worker);
 	return SK_PASS;
 }
 
@@ -375,7 +394,7 @@ int steer_shared(struct sk_reuseport_md *ctx)
 	remote.local_port = public.port;
 	is_syn = read_segment(ctx, &remote);
 	now = bpf_ktime_get_ns();
-	to = bpf_map_lookup_elem(&directed, &remote);
+	to = own->directs ? bpf_map_lookup_elem(&directed, &remote) : NULL;
 	if (to && !select_worker(ctx, group, *to)) {
 		if (is_syn)
 			count_syn(&remote, *to, now, last);
@@ -439,35 +458,22 @@ static __always_inline void shared_listening(struct bpf_sock_ops *ops, struct bp
 	st->unserved_since = 0;
 }
 
-static __always_inline void shared_established(struct bpf_sock_ops *ops, struct bpf_sock *sk)
+static __always_inline void shared_changed(struct bpf_sock_ops *ops, struct bpf_sock *sk)
 {
+	__u32 zero = 0, *present;
+	struct steer_moves *m = bpf_map_lookup_elem(&moves, &zero);
 	struct steer_owner *owner;
 	__u64 cookie;
 
-	established(ops, sk);
-	owner = bpf_sk_storage_get(&owners, sk, 0, 0);
-	if (!owner || !owner->counted)
-		return;
-	cookie = bpf_get_socket_cookie(ops);
-	bpf_map_update_elem(&recent, &cookie, &owner->worker, BPF_ANY);
-}
-
-static __always_inline void shared_changed(struct bpf_sock_ops *ops, struct bpf_sock *sk)
-{
-	struct steer_owner *owner = bpf_sk_storage_get(&owners, sk, 0, 0);
-	__u32 *present;
-	__u64 cookie;
-
-	if (!owner)
-		return;
-	if (owner->counted && has_ended(ops->args[1])) {
+	if (m && m->open && has_ended(ops->args[1])) {
+		owner = bpf_sk_storage_get(&owners, sk, 0, 0);
 		cookie = bpf_get_socket_cookie(ops);
 		present = bpf_map_lookup_elem(&moved, &cookie);
-		if (present) {
+		if (owner && owner->counted && present) {
 			owner->worker = *present;
 			bpf_map_delete_elem(&moved, &cookie);
+			__sync_fetch_and_add(&m->open, -1);
 		}
-		bpf_map_delete_elem(&recent, &cookie);
 	}
 	changed(ops, sk);
 }
@@ -489,7 +495,7 @@ int steer_shared_events(struct bpf_sock_ops *ops)
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		sk = ops->sk;
 		if (sk)
-			shared_established(ops, sk);
+			established(ops, sk);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		sk = ops->sk;

@@ -3,10 +3,11 @@
  * The maps that the programs and the loader share. `src/layout.rs` has the same types; its tests
  * compare sizes and offsets with those in the compiled object.
  *
- * Each map has one writer. The loader writes `settings`, `workers`, `members` and `publics`; the
- * programs write everything else; with shared ports it also writes `directed`. So no counter is overwritten by a change of a weight. There are
- * two exceptions, for listeners that were open before and for corrections: the loader adds to
- * `counts` atomically, and makes entries of `owners`.
+ * Each map has one writer. The loader writes `settings`, `workers`, `members` and `publics`, with
+ * shared ports also `directed` and `listener_workers`; the programs write everything else. So no
+ * counter is overwritten by a change of a weight. There are two exceptions, for listeners that were
+ * open before and for corrections: the loader adds to `counts` atomically, and makes entries of
+ * `owners` and `moved`.
  *
  * Addresses are IPv6 or IPv4-mapped IPv6, in network byte order. Ports are in host byte order.
  * A second is CLOCK_MONOTONIC divided by 10^9. Fields without a name in words are padding, zero.
@@ -17,7 +18,7 @@
 #include <linux/types.h>
 
 /* Changes when a layout or the meaning of a field changes. */
-#define STEER_VERSION 3
+#define STEER_VERSION 4
 
 #define STEER_MAX_WORKERS 1024
 /* With more workers than this, two random ones are compared instead of all. */

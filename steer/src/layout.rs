@@ -7,7 +7,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 /// Changes when a layout or the meaning of a field changes.
-pub(crate) const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 4;
 /// Most workers of a pool.
 pub const MAX_WORKERS: u32 = 1024;
 /// With more workers than this, two random ones are compared instead of all.

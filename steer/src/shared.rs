@@ -14,6 +14,7 @@ use rustix::net::sockopt::socket_cookie;
 use crate::error::Error;
 use crate::layout::{Address, MAX_WORKERS, WorkerSettings};
 use crate::maps::Maps;
+use crate::sockets::CONNECTED;
 use crate::steering::{
     ANY, Links, Options, Steering, check_port, check_worker, create_maps, program,
 };
@@ -77,6 +78,7 @@ impl Steering {
         let settings = maps.read_settings()?;
         // Those of a process that was killed.
         shared.maps.direct_none()?;
+        shared.maps.forget_closed()?;
         let refused = |error| Error::refused("read the public addresses", error);
         for entry in maps.publics().map_err(refused)?.iter() {
             let (address, number) = entry.map_err(refused)?;
@@ -191,6 +193,9 @@ impl Steering {
                     steering.maps.live_counts.add_listener(worker, listener.is_v6);
                 }
                 steering.own(&listener.fd, worker)?;
+            }
+            if new > 0 {
+                steering.note_what_waits()?;
             }
             found.iter().try_for_each(|(group, ..)| steering.activate(*group))
         })?;
@@ -313,6 +318,22 @@ impl Steering {
         sinks.try_for_each(|sink| shared.chooser.attach(sink))
     }
 
+    /// Connections that came to a listener before it had an owner, and are not accepted yet, do not
+    /// count: neither where they wait, nor where they are moved.
+    fn note_what_waits(&mut self) -> Result<(), Error> {
+        let ports: Vec<u16> =
+            self.sharing()?.groups.values().map(|group| group.address.port()).collect();
+        let mut waiting = Vec::new();
+        self.read_sockets(CONNECTED, &mut |socket| {
+            let waits = socket.inode == 0 && ports.contains(&socket.local.port());
+            if waits && socket.owner.is_none() {
+                waiting.push(socket.cookie);
+            }
+        })?;
+        let maps = &mut self.sharing()?.maps;
+        waiting.into_iter().try_for_each(|cookie| maps.is_not_counted(cookie))
+    }
+
     fn sharing(&mut self) -> Result<&mut Shared, Error> {
         let text = "each worker of this pool has a port of its own: it opens its listener itself";
         self.shared.as_mut().ok_or_else(|| Error::Invalid(text.to_owned()))
@@ -400,8 +421,9 @@ impl Shared {
             return Ok(());
         };
         self.groups.remove(&number);
-        for (worker, _) in self.listeners.keys().filter(|(_, group)| *group == number) {
+        for ((worker, _), listener) in self.listeners.iter().filter(|(at, _)| at.1 == number) {
             self.maps.clear(number, *worker)?;
+            self.maps.forget(cookie_of(&listener.fd)?)?;
         }
         self.listeners.retain(|&(_, group), _| group != number);
         Ok(())
@@ -410,6 +432,9 @@ impl Shared {
     /// Closes the listeners of a worker; other workers get the connections that wait in them.
     pub(crate) fn close_worker(&mut self, worker: u32) -> Result<(), Error> {
         self.listeners_of(worker).try_for_each(Listener::close)?;
+        for (_, listener) in self.listeners.range((worker, 0)..=(worker, u32::MAX)) {
+            self.maps.forget(cookie_of(&listener.fd)?)?;
+        }
         self.listeners.retain(|&(of, _), _| of != worker);
         Ok(())
     }
@@ -428,4 +453,10 @@ impl Shared {
         let open = self.listeners.iter().filter(|(_, listener)| listener.is_open);
         open.map(|(&at, _)| at).filter(move |&(other, _)| other != worker)
     }
+}
+
+/// The kernel's number of a socket.
+fn cookie_of(socket: &OwnedFd) -> Result<u64, Error> {
+    socket_cookie(socket)
+        .map_err(|error| Error::System { step: "look at a listener", error: error.into() })
 }

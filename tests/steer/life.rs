@@ -175,7 +175,7 @@ fn pins_of_another_version_are_refused_whatever_they_are() {
     // Version 1 had no pin of that name, and smaller settings.
     std::fs::remove_file(pins.join("owners")).unwrap();
     let text = Steering::adopt(&pins).unwrap_err().to_string();
-    assert!(text.contains("its maps have version 1, this program needs version 3"), "{text}");
+    assert!(text.contains("its maps have version 1, this program needs version 4"), "{text}");
     dispatch_steer::remove_pins(&pins).unwrap();
     assert!(!pins.exists());
 }

@@ -221,7 +221,7 @@ fn maps(run: &Run) -> Result<usize, String> {
         return Err(format!("pins of {} pools, not: {pools:?}", SPAWNED.len() + 1));
     }
     let mut ports = BTreeSet::new();
-    let mut publics = 0;
+    let (mut publics, mut shared) = (0, Vec::new());
     for pins in pools.iter().flat_map(|path| below(path)) {
         for key in keys::<20>(&pins.join("members"))? {
             // An address, and a port in the order of this machine.
@@ -233,6 +233,17 @@ fn maps(run: &Run) -> Result<usize, String> {
             return Err(format!("{handshakes} handshakes are remembered"));
         }
         remembered += handshakes;
+        if pins.join("listener_workers").exists() {
+            let count = |name| keys::<8>(&pins.join(name)).map(|all| all.len());
+            shared.push((count("listener_workers")?, count("moved")?));
+        }
+    }
+    // One pool has them: each of its processes has a listener at each of its addresses.
+    let of_shared = |list: &[(&str, usize)]| list.iter().find(|it| it.0 == SHARED).map(|it| it.1);
+    let addresses = PUBLICS.iter().filter(|(_, pool)| *pool == SHARED).count();
+    let listeners = of_shared(&SPAWNED).unwrap_or(0) * addresses;
+    if shared != [(listeners, 0)] {
+        return Err(format!("{shared:?} listeners and moved connections, not {listeners} and 0"));
     }
     let mut expected = BTreeSet::new();
     let status = run.status().ok_or("no status")?;

@@ -61,8 +61,8 @@ fn types_are_those_of_the_compiled_programs() {
         Settings,
         [version, workers, netns, wait_ns, seed, policy, reserved]
     );
-    same!(all, "steer_shared_settings", SharedSettings, [pinned, reserved]);
-    same!(all, "steer_moves", Moves, [migrated, lost]);
+    same!(all, "steer_shared_settings", SharedSettings, [pinned, directs]);
+    same!(all, "steer_moves", Moves, [migrated, lost, open]);
     same!(
         all,
         "steer_worker",

@@ -20,6 +20,9 @@ const CHOOSER: &str = "chooser";
 const GUARD: &str = "guard";
 const PROGRAM: &str = "steer_shared";
 
+/// In `moved`: the connection does not count.
+const NOT_COUNTED: u32 = u32::MAX;
+
 /// The other end of a connection, a key of `directed`: its address as IPv6 or IPv4-mapped IPv6, and
 /// both ports.
 pub(super) type Remote = [u8; 20];
@@ -30,7 +33,8 @@ pub(super) type Remote = [u8; 20];
 pub(crate) struct SharedSettings {
     /// Not 0: connections are counted although no process has the sinks.
     pub pinned: u32,
-    pub reserved: u32,
+    /// Not 0: `directed` may have entries.
+    pub directs: u32,
 }
 
 /// What the programs count of migration: connections, and handshakes under way, whose listener
@@ -42,12 +46,15 @@ pub struct Moves {
     pub migrated: u64,
     /// Those that were reset, because no other listener was open.
     pub lost: u64,
+    /// Connections that are open and count for another worker than their first.
+    pub open: u64,
 }
 
 /// The maps, by the names that they have in the object and as pins.
 #[derive(Debug)]
 pub(crate) struct SharedMaps {
     group_listeners: MapData,
+    listener_workers: Map,
     shared: Map,
     moves: Map,
     moved: Map,
@@ -73,7 +80,7 @@ pub(crate) fn load_programs() -> Result<(Ebpf, Maps), Error> {
 
 impl SharedMaps {
     /// Maps whose size matters; a pool without shared ports does not use them.
-    pub const LARGE: [&str; 2] = ["group_listeners", "recent"];
+    pub const LARGE: [&str; 2] = ["group_listeners", "listener_workers"];
 
     pub fn of(ebpf: &mut Ebpf) -> Result<SharedMaps, Error> {
         SharedMaps::from_source(|name| take_map(ebpf, name))
@@ -87,11 +94,13 @@ impl SharedMaps {
         };
         let (shared, moves) = (source("shared")?, source("moves")?);
         let (moved, directed) = (source("moved")?, source("directed")?);
-        let maps = SharedMaps { group_listeners, shared, moves, moved, directed };
+        let listener_workers = source("listener_workers")?;
+        let maps = SharedMaps { group_listeners, listener_workers, shared, moves, moved, directed };
         let check = || {
             Array::<_, SharedSettings>::try_from(&maps.shared)?;
             Array::<_, Moves>::try_from(&maps.moves)?;
             HashMap::<_, u64, u32>::try_from(&maps.moved)?;
+            HashMap::<_, u64, u32>::try_from(&maps.listener_workers)?;
             HashMap::<_, Remote, u32>::try_from(&maps.directed).map(drop)
         };
         check().map_err(|error: MapError| Error::refused("use a map of a shared port", error))?;
@@ -100,7 +109,15 @@ impl SharedMaps {
 
     /// Lets the program choose this listener. A listener can be registered once: the kernel needs
     /// some milliseconds to drop the maps of an earlier process.
-    pub fn register(&self, group: u32, worker: u32, socket: &OwnedFd) -> Result<(), Error> {
+    pub fn register(&mut self, group: u32, worker: u32, socket: &OwnedFd) -> Result<(), Error> {
+        if worker < MAX_WORKERS {
+            let cookie = cookie_of(socket)?;
+            HashMap::try_from(&mut self.listener_workers)
+                .and_then(|mut map: HashMap<&mut MapData, u64, u32>| {
+                    map.insert(cookie, worker, ANY)
+                })
+                .map_err(|error| Error::refused("note the worker of a listener", error))?;
+        }
         let (map, index) = (self.group_listeners.fd().as_fd(), index(group, worker));
         let until = Instant::now() + HANDOVER;
         loop {
@@ -121,6 +138,31 @@ impl SharedMaps {
             .map_err(|error| Error::System { step: "remove a listener", error })
     }
 
+    /// Forgets which worker a listener had, after it was closed.
+    pub fn forget(&mut self, cookie: u64) -> Result<(), Error> {
+        let map = HashMap::<&mut MapData, u64, u32>::try_from(&mut self.listener_workers);
+        absent_is_fine(map.and_then(|mut map| map.remove(&cookie)))
+            .map_err(|error| Error::refused("forget the worker of a listener", error))
+    }
+
+    /// Forgets listeners that were closed while no process looked after them.
+    pub fn forget_closed(&mut self) -> Result<(), Error> {
+        let refused = |error| Error::refused("read the workers of listeners", error);
+        let map = HashMap::<&MapData, u64, u32>::try_from(&self.listener_workers);
+        let all: Vec<(u64, u32)> =
+            map.map_err(refused)?.iter().collect::<Result<_, _>>().map_err(refused)?;
+        for (cookie, worker) in all {
+            let mut is_open = false;
+            for group in 0..MAX_GROUPS {
+                is_open |= self.registered(group, worker)? == Some(cookie);
+            }
+            if !is_open {
+                self.forget(cookie)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The cookie of a listener that the program can choose.
     pub fn registered(&self, group: u32, worker: u32) -> Result<Option<u64>, Error> {
         sys::socket_cookie(self.group_listeners.fd().as_fd(), index(group, worker))
@@ -133,18 +175,33 @@ impl SharedMaps {
         map.and_then(|map| map.get(&cookie, 0)).ok()
     }
 
+    /// Keeps the program from moving the count of a connection that does not count.
+    pub fn is_not_counted(&mut self, cookie: u64) -> Result<(), Error> {
+        HashMap::try_from(&mut self.moved)
+            .and_then(|mut map: HashMap<&mut MapData, u64, u32>| {
+                map.insert(cookie, NOT_COUNTED, ANY)
+            })
+            .map_err(|error| Error::refused("note a connection that does not count", error))
+    }
+
     /// Has the program give the connection from this end to a worker, whatever the policy.
     pub fn direct(&mut self, remote: &Remote, worker: u32) -> Result<(), Error> {
         HashMap::try_from(&mut self.directed)
             .and_then(|mut map: HashMap<&mut MapData, Remote, u32>| map.insert(remote, worker, ANY))
-            .map_err(|error| Error::refused("direct a connection to a worker", error))
+            .map_err(|error| Error::refused("direct a connection to a worker", error))?;
+        change(&mut self.shared, |settings| settings.directs = 1)
     }
 
     /// Forgets it; it is no error if there is none.
     pub fn direct_no_more(&mut self, remote: &Remote) -> Result<(), Error> {
         let map = HashMap::<&mut MapData, Remote, u32>::try_from(&mut self.directed);
         absent_is_fine(map.and_then(|mut map| map.remove(remote)))
-            .map_err(|error| Error::refused("forget a connection of this process", error))
+            .map_err(|error| Error::refused("forget a connection of this process", error))?;
+        let map = HashMap::<&MapData, Remote, u32>::try_from(&self.directed);
+        if map.is_ok_and(|map| map.keys().next().is_none()) {
+            change(&mut self.shared, |settings| settings.directs = 0)?;
+        }
+        Ok(())
     }
 
     /// Forgets all of them.
@@ -185,8 +242,16 @@ impl Chooser {
 /// Pins.
 impl Shared {
     /// Files of a directory with pins, beside those of all pools.
-    pub const PINS: [&str; 7] =
-        [CHOOSER, GUARD, "group_listeners", "shared", "moves", "moved", "directed"];
+    pub const PINS: [&str; 8] = [
+        CHOOSER,
+        GUARD,
+        "group_listeners",
+        "listener_workers",
+        "shared",
+        "moves",
+        "moved",
+        "directed",
+    ];
 
     /// Whether a directory has the pins of a pool with shared ports.
     pub fn is_pinned(directory: &Path) -> bool {
@@ -199,6 +264,7 @@ impl Shared {
         let maps = &self.maps;
         maps.group_listeners.pin(directory.join("group_listeners")).map_err(refused)?;
         for (name, map) in [
+            ("listener_workers", &maps.listener_workers),
             ("shared", &maps.shared),
             ("moves", &maps.moves),
             ("moved", &maps.moved),
@@ -206,7 +272,7 @@ impl Shared {
         ] {
             map.pin(directory.join(name)).map_err(refused)?;
         }
-        set_pinned(&mut self.maps.shared, true)?;
+        change(&mut self.maps.shared, |settings| settings.pinned = 1)?;
         let refused = |error| Error::refused("pin a program", error);
         self.chooser.program()?.pin(directory.join(CHOOSER)).map_err(refused)?;
         if let Some(link) = self.guard.take() {
@@ -222,7 +288,7 @@ impl Shared {
         if !path.exists() {
             return Ok(());
         }
-        set_pinned(&mut pinned_map(&path)?, false)
+        change(&mut pinned_map(&path)?, |settings| settings.pinned = 0)
     }
 
     pub fn from_pins(directory: &Path) -> Result<Shared, Error> {
@@ -240,9 +306,14 @@ fn pinned_map(path: &Path) -> Result<Map, Error> {
     Map::from_map_data(data).map_err(refused)
 }
 
-fn set_pinned(map: &mut Map, pinned: bool) -> Result<(), Error> {
-    let settings = SharedSettings { pinned: pinned.into(), reserved: 0 };
+/// Changes what the loader tells the programs.
+fn change(map: &mut Map, change: impl FnOnce(&mut SharedSettings)) -> Result<(), Error> {
     Array::try_from(map)
-        .and_then(|mut map: Array<&mut MapData, SharedSettings>| map.set(0, settings, ANY))
+        .and_then(|mut map: Array<&mut MapData, SharedSettings>| {
+            let before = map.get(&0, 0)?;
+            let mut settings = before;
+            change(&mut settings);
+            if settings == before { Ok(()) } else { map.set(0, settings, ANY) }
+        })
         .map_err(|error| Error::refused("write settings", error))
 }
