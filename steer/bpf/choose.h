@@ -27,6 +27,8 @@ struct choice {
 	/* Of the best worker so far. */
 	__u64 cost;
 	__u64 weight;
+	/* Of the last worker that was looked at. */
+	__u64 last_weight;
 	__u32 worker;
 	__u32 found;
 	__u32 suspect;
@@ -34,6 +36,10 @@ struct choice {
 	__u32 full;
 	/* Trusted workers with room among the draws. */
 	__u32 drawn;
+	/* No trusted worker with room has a lower cost than this; 0: that is not known. */
+	__u32 bound;
+	/* Two workers have different weights. */
+	__u32 mixed;
 	/* With a weighted draw: the worker that is not drawn again. */
 	__u32 other;
 	/* With a weighted draw: the weights of the workers with room, trusted and suspect ones. */
@@ -83,9 +89,12 @@ __noinline int consider(__u32 worker, struct choice *choice)
 	__u64 load, cost, weight, drawn = 0;
 	__u32 suspect;
 
-	if (!choice || !w || !c || !is_usable(w, c, choice->is_v6))
+	if (!choice || !w || !c || !w->weight)
 		return 0;
-	if (w->priority < choice->top)
+	weight = weight_of(w);
+	choice->mixed |= choice->last_weight && choice->last_weight != weight;
+	choice->last_weight = weight;
+	if (!is_usable(w, c, choice->is_v6) || w->priority < choice->top)
 		return 0;
 	load = load_of(c, choice->second);
 	if (w->maximum && load >= w->maximum) {
@@ -94,7 +103,6 @@ __noinline int consider(__u32 worker, struct choice *choice)
 	}
 	suspect = w->suspect != 0;
 	choice->drawn += !suspect;
-	weight = weight_of(w);
 	cost = load + 1;
 	if (choice->policy == STEER_ROUND_ROBIN) {
 		cost = ahead(c->last_turn, weight, choice->key);
@@ -132,7 +140,8 @@ static long scan(__u32 i, struct choice *choice)
 	if (worker >= choice->workers)
 		worker -= choice->workers;
 	consider(worker, choice);
-	return 0;
+	return choice->bound && choice->found && !choice->suspect &&
+	       choice->cost == choice->bound;
 }
 
 static long draw(__u32 i, struct choice *choice)
@@ -298,6 +307,39 @@ static __always_inline void prepare(struct choice *choice, const struct steer_se
 	}
 }
 
+/* ---- bounds ---- */
+
+static __always_inline int is_bounded(const struct choice *choice)
+{
+	/* What is no SYN is compared without pending connections, in a second that is far away. */
+	return choice->policy == STEER_LEAST_CONNECTIONS && !(choice->second >> 31) &&
+	       choice->workers > STEER_BOUND_WORKERS && choice->workers <= STEER_SCAN_WORKERS;
+}
+
+/* Compares all workers, or as many as are needed; and notes the least cost for the next scan. */
+static __always_inline void scan_all(struct choice *choice)
+{
+	__u32 is_v6 = choice->is_v6 != 0, second = choice->second & 0xffff;
+	struct steer_bound *bound = NULL;
+	__u64 before = 0, after;
+
+	if (is_bounded(choice))
+		bound = bpf_map_lookup_elem(&bounds, &is_v6);
+	if (bound) {
+		/* From now on the word changes when a load falls. */
+		__sync_val_compare_and_swap(&bound->word, 0, STEER_BOUND_CHANGE);
+		before = *(volatile __u64 *)&bound->word;
+		if (((before >> 16) & 0xffff) == second)
+			choice->bound = before & STEER_BOUND_COST;
+	}
+	bpf_loop(choice->workers, scan, choice, 0);
+	if (!bound || !choice->found || choice->suspect || choice->mixed ||
+	    choice->cost == choice->bound || choice->cost > STEER_BOUND_COST)
+		return;
+	after = (before & ~0xffffffffULL) | (__u64)second << 16 | choice->cost;
+	__sync_val_compare_and_swap(&bound->word, before, after);
+}
+
 /*
  * True if a worker was found. bpf_loop wants its argument on the stack of the caller, hence the
  * copy.
@@ -313,6 +355,9 @@ __noinline int choose(struct choice *result)
 	choice.found = 0;
 	choice.full = 0;
 	choice.drawn = 0;
+	choice.bound = 0;
+	choice.mixed = 0;
+	choice.last_weight = 0;
 	choice.top = 0;
 	if (choice.policy == STEER_FAILOVER) {
 		bpf_loop(choice.workers, rank_each, &choice, 0);
@@ -326,7 +371,7 @@ __noinline int choose(struct choice *result)
 	}
 	if (!found) {
 		choice.found = 0;
-		bpf_loop(choice.workers, scan, &choice, 0);
+		scan_all(&choice);
 	}
 	*result = choice;
 	return choice.found;

@@ -34,6 +34,14 @@ struct {
 } state SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 2);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct steer_bound);
+} bounds SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_SOCKMAP);
 	__uint(max_entries, 2 * (STEER_MAX_WORKERS + 1));
 	__type(key, __u32);

@@ -224,7 +224,7 @@ __noinline int move_live(__u64 listener, __u64 cookie, __u32 worker)
 		return 0;
 	if (is_new)
 		__sync_fetch_and_add(&m->open, 1);
-	__sync_fetch_and_add(&from->live, -1);
+	has_fallen(__sync_fetch_and_add(&from->live, -1) - 1);
 	__sync_fetch_and_add(&to->live, 1);
 	__sync_fetch_and_add(&from->moved_out, 1);
 	__sync_fetch_and_add(&to->moved_in, 1);
@@ -454,6 +454,7 @@ static __always_inline void shared_listening(struct bpf_sock_ops *ops, struct bp
 		return;
 	__sync_fetch_and_add(&c->listens, 1);
 	count_listener(c, ops->family == AF_INET6, 1);
+	lower(0);
 	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	st->unserved_since = 0;
 }

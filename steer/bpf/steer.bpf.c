@@ -61,6 +61,45 @@ static __always_inline void count_listener(struct steer_counts *counts, int is_v
 	__sync_fetch_and_add((__u64 *)counts->listeners, is_v6 ? change << 32 : change);
 }
 
+/* ---- bounds ---- */
+
+/* A worker may have this cost now, in one family. */
+static __always_inline void lower_in(__u32 is_v6, __u64 cost)
+{
+	struct steer_bound *bound = bpf_map_lookup_elem(&bounds, &is_v6);
+
+	if (!bound || !*(volatile __u64 *)&bound->word)
+		return;
+	__sync_fetch_and_add(&bound->word, STEER_BOUND_CHANGE);
+#pragma unroll
+	for (int i = 0; i < TRIES; i++) {
+		__u64 old = *(volatile __u64 *)&bound->word;
+
+		if ((old & STEER_BOUND_COST) <= cost)
+			return;
+		if (__sync_val_compare_and_swap(&bound->word, old,
+						(old & ~STEER_BOUND_COST) | cost) == old)
+			return;
+	}
+	__sync_fetch_and_and(&bound->word, ~STEER_BOUND_COST);
+}
+
+/* A worker may have this cost now; 0: anything may have changed. Always 0. */
+__noinline int lower(__u64 cost)
+{
+	if (cost > STEER_BOUND_COST)
+		cost = STEER_BOUND_COST;
+	lower_in(0, cost);
+	lower_in(1, cost);
+	return 0;
+}
+
+/* The load of a worker has fallen to these live connections and what is pending. */
+static __always_inline void has_fallen(__s64 live)
+{
+	lower(live > 0 ? live + 1 : 1);
+}
+
 /* ---- pending connections ---- */
 
 /*
@@ -103,8 +142,10 @@ __noinline int pending_remove(__u32 worker, __u32 second)
 
 		if ((old >> 32) != second || !(__u32)old)
 			return 0;
-		if (__sync_val_compare_and_swap(slot, old, old - 1) == old)
+		if (__sync_val_compare_and_swap(slot, old, old - 1) == old) {
+			has_fallen(*(volatile __s64 *)&c->live);
 			return 1;
+		}
 	}
 	return 0;
 }
@@ -386,6 +427,7 @@ static __always_inline void listening(struct bpf_sock_ops *ops, struct bpf_sock 
 	c->refused = 0;
 	__sync_fetch_and_add(&c->listens, 1);
 	count_listener(c, is_v6, 1);
+	lower(0);
 	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	st->unserved_since = 0;
 }
@@ -441,7 +483,7 @@ static __always_inline void changed(struct bpf_sock_ops *ops, struct bpf_sock *s
 	if (!owner->counted || !has_ended(new))
 		return;
 	owner->counted = 0;
-	__sync_fetch_and_add(&c->live, -1);
+	has_fallen(__sync_fetch_and_add(&c->live, -1) - 1);
 }
 
 /* Of a request: the kernel remembers it, so this is no SYN cookie. */

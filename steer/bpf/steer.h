@@ -7,7 +7,7 @@
  * shared ports also `directed` and `listener_workers`; the programs write everything else. So no
  * counter is overwritten by a change of a weight. There are two exceptions, for listeners that were
  * open before and for corrections: the loader adds to `counts` atomically, and makes entries of
- * `owners` and `moved`.
+ * `owners` and `moved`. After each of its changes the loader also removes the `bounds`, atomically.
  *
  * Addresses are IPv6 or IPv4-mapped IPv6, in network byte order. Ports are in host byte order.
  * A second is CLOCK_MONOTONIC divided by 10^9. Fields without a name in words are padding, zero.
@@ -23,6 +23,8 @@
 #define STEER_MAX_WORKERS 1024
 /* With more workers than this, two random ones are compared instead of all. */
 #define STEER_SCAN_WORKERS 256
+/* With more workers than this, the scan ends at the first worker that no other one is below. */
+#define STEER_BOUND_WORKERS 2
 /* Random draws for two choices; if none of them has room, all workers are compared. */
 #define STEER_DRAWS 8
 /* The factor of slow start of a worker at full speed. */
@@ -144,6 +146,21 @@ struct steer_state {
 	/* With round-robin: the virtual time of the last turn. */
 	__u64 clock;
 };
+
+/*
+ * Map `bounds`, two entries: for clients with IPv4 and with IPv6. What the scan for least connections
+ * needs not look below: no trusted worker with room has a lower cost (load plus one), and all workers
+ * have the same weight. From the upper bits: 32 bits that change when a load falls or a worker
+ * changes, 16 bits of the second of the scan that found the cost, 16 bits of the cost. A cost of 0 is
+ * no bound. 0: there was no scan yet. A program that lowers a load lowers the bound afterwards; a scan
+ * raises it only if the word is still the one that it read before it began.
+ */
+struct steer_bound {
+	__u64 word;
+};
+
+#define STEER_BOUND_CHANGE (1ULL << 32)
+#define STEER_BOUND_COST 0xffffULL
 
 /* Key of `members` (value: the worker) and `publics` (value: 1). */
 struct steer_address {

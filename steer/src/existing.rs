@@ -231,6 +231,7 @@ impl Steering {
             return Err(error);
         }
         self.maps.live_counts.add_listener(worker, is_v6);
+        self.maps.live_bounds.remove();
         Ok(())
     }
 

@@ -180,6 +180,10 @@ pub struct Totals {
     pub clock: u64,
 }
 
+/// In an entry of `bounds`: the part that changes with each load that falls, and the cost.
+pub(crate) const BOUND_CHANGE: u64 = 1 << 32;
+pub(crate) const BOUND_COST: u64 = 0xffff;
+
 /// An address: IPv4 as IPv4-mapped IPv6.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,6 +1,7 @@
 //! The maps of one pool, each with the type of its entries.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
 
@@ -8,7 +9,7 @@ use crate::error::Error;
 use crate::layout::{Address, Settings, Totals, VERSION, WorkerCounts, WorkerSettings};
 use crate::pins;
 use crate::steering::{ANY, Options, absent, nanos, seed};
-use crate::sys::LiveCounts;
+use crate::sys::{LiveBounds, LiveCounts};
 
 /// The maps, by the names that they have in the object and as pins.
 #[derive(Debug)]
@@ -17,6 +18,7 @@ pub(crate) struct Maps {
     pub workers: Map,
     counts: Map,
     state: Map,
+    bounds: Map,
     members: Map,
     publics: Map,
     remotes: Map,
@@ -24,17 +26,20 @@ pub(crate) struct Maps {
     pub listeners: MapData,
     /// The memory of `counts`, which the programs change meanwhile.
     pub live_counts: LiveCounts,
+    /// The memory of `bounds`, as well.
+    pub live_bounds: Arc<LiveBounds>,
 }
 
 pub(crate) type Addresses<T> = HashMap<T, Address, u32>;
 
 impl Maps {
     /// Names of the maps that have pins. `undecided` is used by the programs only, which keep it.
-    pub const NAMES: [&str; 9] = [
+    pub const NAMES: [&str; 10] = [
         "settings",
         "workers",
         "counts",
         "state",
+        "bounds",
         "members",
         "publics",
         "remotes",
@@ -51,17 +56,21 @@ impl Maps {
         };
         let counts = source("counts")?;
         let live_counts = live_counts(&counts)?;
+        let bounds = source("bounds")?;
+        let live_bounds = Arc::new(live_bounds(&bounds)?);
         let maps = Maps {
             settings: source("settings")?,
             workers: source("workers")?,
             counts,
             state: source("state")?,
+            bounds,
             members: source("members")?,
             publics: source("publics")?,
             remotes: source("remotes")?,
             owners: source("owners")?,
             listeners,
             live_counts,
+            live_bounds,
         };
         let check = || {
             maps.settings()?;
@@ -94,12 +103,13 @@ impl Maps {
     }
 
     /// Each map with its name, except `listeners`, which is no [`Map`].
-    pub fn named(&self) -> [(&'static str, &Map); 8] {
+    pub fn named(&self) -> [(&'static str, &Map); 9] {
         [
             ("settings", &self.settings),
             ("workers", &self.workers),
             ("counts", &self.counts),
             ("state", &self.state),
+            ("bounds", &self.bounds),
             ("members", &self.members),
             ("publics", &self.publics),
             ("remotes", &self.remotes),
@@ -184,4 +194,12 @@ fn live_counts(counts: &Map) -> Result<LiveCounts, Error> {
     };
     LiveCounts::map(counts.fd().as_fd())
         .map_err(|error| Error::System { step: "map the counts", error })
+}
+
+fn live_bounds(bounds: &Map) -> Result<LiveBounds, Error> {
+    let Map::Array(bounds) = bounds else {
+        return Err(absent("`bounds` is no array".to_owned()));
+    };
+    LiveBounds::map(bounds.fd().as_fd())
+        .map_err(|error| Error::System { step: "map the bounds", error })
 }

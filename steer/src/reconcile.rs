@@ -112,6 +112,7 @@ impl Steering {
                 let change = -excess[family].and(earlier[family]).certain();
                 if change != 0 {
                     self.maps.live_counts.change_listeners(worker, family == 1, change);
+                    self.maps.live_bounds.remove();
                     corrected.push(Correction { worker, count, change });
                 } else if excess[family].certain() != 0 {
                     suspicions.push((worker, excess));
@@ -164,6 +165,7 @@ impl Steering {
             let change = -excess.and(*earlier).certain();
             if change != 0 {
                 self.maps.live_counts.change_live(worker, change);
+                self.maps.live_bounds.remove();
                 corrected.push(Correction { worker, count: Count::Live, change });
             } else {
                 suspicions.push((worker, excess));

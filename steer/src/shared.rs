@@ -191,6 +191,7 @@ impl Steering {
                 if listener.is_open && !registered {
                     shared.maps.register(*group, worker, &listener.fd)?;
                     steering.maps.live_counts.add_listener(worker, listener.is_v6);
+                    steering.maps.live_bounds.remove();
                 }
                 steering.own(&listener.fd, worker)?;
             }

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use aya::maps::{Array, Map, MapData, MapError};
@@ -18,6 +19,7 @@ use crate::layout::{
 use crate::maps::{Addresses, Maps};
 use crate::reconcile::Suspicions;
 use crate::shared::{Shared, SharedMaps};
+use crate::sys::LiveBounds;
 use crate::{OBJECT, attach, sink, sys};
 
 /// Insert or replace.
@@ -61,7 +63,7 @@ pub(crate) enum Links {
 
 /// Changes the settings of workers that [`Steering::set_worker`] has added. It never waits.
 #[derive(Debug)]
-pub struct Writer(Map);
+pub struct Writer(Map, Arc<LiveBounds>);
 
 impl Writer {
     /// Changes the settings of a worker, from the next SYN on.
@@ -73,8 +75,9 @@ impl Writer {
         check_worker(worker)?;
         check_settings(&settings)?;
         let map = Array::<&mut MapData, WorkerSettings>::try_from(&mut self.0);
-        map.and_then(|mut map| map.set(worker, settings, ANY))
-            .map_err(|error| Error::refused("write the settings of a worker", error))
+        let written = map.and_then(|mut map| map.set(worker, settings, ANY));
+        self.1.remove();
+        written.map_err(|error| Error::refused("write the settings of a worker", error))
     }
 }
 
@@ -328,7 +331,7 @@ impl Steering {
         let fd = workers.fd().as_fd().try_clone_to_owned();
         let fd = fd.map_err(|error| Error::System { step, error })?;
         let data = MapData::from_fd(fd).map_err(|error| Error::refused(step, error))?;
-        Ok(Writer(Map::Array(data)))
+        Ok(Writer(Map::Array(data), Arc::clone(&self.maps.live_bounds)))
     }
 
     /// What the programs count for a worker.
@@ -439,11 +442,13 @@ impl Steering {
         settings: WorkerSettings,
     ) -> Result<(), Error> {
         let written = self.maps.workers_mut().and_then(|mut map| map.set(worker, settings, ANY));
+        self.maps.live_bounds.remove();
         written.map_err(|error| Error::refused("write the settings of a worker", error))
     }
 
     pub(crate) fn write_settings(&mut self, settings: Settings) -> Result<(), Error> {
         let written = self.maps.settings_mut().and_then(|mut map| map.set(0, settings, ANY));
+        self.maps.live_bounds.remove();
         written.map_err(|error| Error::refused("write settings", error))?;
         self.settings = settings;
         Ok(())

@@ -8,11 +8,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-use crate::layout::{Address, MAX_WORKERS, Settings, Totals, WorkerCounts, WorkerSettings};
+use crate::layout::{
+    Address, BOUND_CHANGE, BOUND_COST, MAX_WORKERS, Settings, Totals, WorkerCounts, WorkerSettings,
+};
 use crate::shared::{Moves, SharedSettings};
 
 // SAFETY: `repr(C)`, integers only, no padding (a test compares with the compiled object).
@@ -118,6 +120,50 @@ pub(crate) fn set_owner(
 /// Removes the owner of a socket.
 pub(crate) fn clear_owner(owners: BorrowedFd<'_>, socket: BorrowedFd<'_>) -> io::Result<()> {
     element(BPF_MAP_DELETE_ELEM, owners, socket.as_raw_fd() as u32, None)
+}
+
+/// The memory of the map `bounds`.
+#[derive(Debug)]
+pub(crate) struct LiveBounds(NonNull<u64>);
+
+// SAFETY: the memory belongs to the value, is not tied to a thread, and every change is atomic.
+unsafe impl Send for LiveBounds {}
+// SAFETY: as above.
+unsafe impl Sync for LiveBounds {}
+
+/// One for each family.
+const BOUNDS: usize = 2;
+const BOUNDS_SIZE: usize = BOUNDS * size_of::<u64>();
+
+impl LiveBounds {
+    /// Maps an array of two words that allows it.
+    pub(crate) fn map(map: BorrowedFd<'_>) -> io::Result<LiveBounds> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address that the kernel chooses.
+        let at = unsafe {
+            mmap(std::ptr::null_mut(), BOUNDS_SIZE, protection, MapFlags::SHARED, map, 0)
+        }?;
+        NonNull::new(at.cast()).map(LiveBounds).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+    }
+
+    /// The next choices look at all workers again. To be called after each change of what the loader
+    /// writes.
+    pub(crate) fn remove(&self) {
+        for family in 0..BOUNDS {
+            // SAFETY: aligned and within the mapping; others change the words only atomically.
+            let word = unsafe { AtomicU64::from_ptr(self.0.as_ptr().add(family)) };
+            word.fetch_add(BOUND_CHANGE, Ordering::SeqCst);
+            word.fetch_and(!BOUND_COST, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Drop for LiveBounds {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made with this size, and nothing refers to it any more. A failure
+        // leaves it mapped.
+        let _ = unsafe { munmap(self.0.as_ptr().cast(), BOUNDS_SIZE) };
+    }
 }
 
 /// The memory of the map `counts`. The programs change it at any time, so it is only read as a whole

@@ -77,6 +77,32 @@ fn a_thousand_held_connections_to_redis_are_even() {
     lab.empty();
 }
 
+/// Two processors choose at the same time, from what the other one has found out.
+#[test]
+fn clients_at_the_same_time_are_even_with_many_workers() {
+    let Some(mut lab) = Lab::keepers(20) else { return };
+    let mut held: Vec<TcpStream> = Vec::new();
+    for round in 1..=4 {
+        let more: Vec<TcpStream> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| hold(50))).collect();
+            threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+        });
+        held.extend(more);
+        lab.settled();
+        let live = lab.live();
+        assert!(spread(&live) <= 1, "round {round}: {live:?}");
+        // Half of them, of workers as they come: the next ones even it out.
+        let keep = held.len() / 2;
+        held.truncate(keep);
+        eventually("half to end", keep as i64, || lab.live().iter().sum::<i64>());
+        while spread(&lab.live()) > 1 {
+            held.push(connect(V4));
+        }
+    }
+    drop(held);
+    lab.empty();
+}
+
 fn hold(many: usize) -> Vec<TcpStream> {
     (0..many).map(|_| dial(V4)).collect()
 }
@@ -100,6 +126,37 @@ fn churn_keeps_workers_even() {
     lab.empty();
     let total = lab.total();
     assert_eq!(total.iter().sum::<u64>(), 380);
+}
+
+/// With many workers the program does not look at all of them each time.
+#[test]
+fn each_of_many_choices_is_the_least_loaded_worker() {
+    const WORKERS: usize = 20;
+    let Some(mut lab) = Lab::keepers(WORKERS as u32) else { return };
+    let mut random = fastrand::Rng::with_seed(7);
+    let mut held: Vec<TcpStream> = Vec::new();
+    let mut last = lab.steering().totals().unwrap().last as usize;
+    for step in 0..1500 {
+        // It grows, stays, and shrinks, twice.
+        let wanted = [60, 60, 0][step / 250 % 3];
+        let grows = (held.len() as u64) < wanted || (wanted > 0 && random.bool());
+        if !grows && !held.is_empty() {
+            drop(held.swap_remove(random.usize(..held.len())));
+            let left = held.len() as i64;
+            eventually("a connection to end", left, || lab.live().iter().sum::<i64>());
+            continue;
+        }
+        let before = lab.live();
+        held.push(connect(V4));
+        let after = lab.live();
+        let least = before.iter().min().unwrap();
+        let mut turns = (1..=WORKERS).map(|n| (last + n) % WORKERS);
+        let expected = turns.find(|&worker| before[worker] == *least).unwrap();
+        assert_eq!(after[expected], least + 1, "step {step}: {before:?}, then {after:?}");
+        last = expected;
+    }
+    drop(held);
+    lab.empty();
 }
 
 #[test]

@@ -232,37 +232,158 @@ mod kernel {
             }
             let totals = case.totals();
             self.maps.state_mut().unwrap().set(0, totals, 0).unwrap();
-            // Another client each time, and no handshake of an earlier one.
-            self.port = self.port % 60_000 + 1;
+            self.maps.live_bounds.remove();
+            self.forget_handshakes();
+            let choice = self.choose(case.client);
+            let counts = self.maps.counts().unwrap();
+            let after = (0..many).map(|worker| counts.get(&worker, 0).unwrap()).collect();
+            (choice, after, self.totals())
+        }
+
+        fn totals(&self) -> Totals {
+            self.maps.state().unwrap().get(&0, 0).unwrap()
+        }
+
+        /// What the last choice has counted is not taken back.
+        fn forget_handshakes(&mut self) {
             for key in self.maps.remotes().unwrap().keys().collect::<Vec<_>>() {
                 self.maps.remotes_mut().unwrap().remove(&key.unwrap()).unwrap();
             }
+        }
+
+        /// Runs the program for another client.
+        fn choose(&mut self, client: Ipv4Addr) -> Choice {
+            self.port = self.port % 60_000 + 1;
             let program = self.ebpf.program("steer_lookup").unwrap();
             let program: &SkLookup = program.try_into().unwrap();
             let fd = program.fd().unwrap().as_fd();
-            let (verdict, cookie) = sys::run_lookup(fd, case.client, self.port, 80).unwrap();
-            let choice = if cookie == self.sink {
+            let (verdict, cookie) = sys::run_lookup(fd, client, self.port, 80).unwrap();
+            if cookie == self.sink {
                 Choice::Full
             } else if let Some(at) = self.cookies.iter().position(|&other| other == cookie) {
                 Choice::Worker(at as u32)
             } else {
                 assert_eq!((verdict, cookie), (0, 0), "reset");
                 Choice::NoWorker
-            };
-            let counts = self.maps.counts().unwrap();
-            let after = (0..many).map(|worker| counts.get(&worker, 0).unwrap()).collect();
-            (choice, after, self.maps.state().unwrap().get(&0, 0).unwrap())
+            }
         }
+
+        /// Changes what the loader writes, as it does.
+        fn change(&mut self, worker: u32, settings: &WorkerSettings, counts: &WorkerCounts) {
+            self.maps.workers_mut().unwrap().set(worker, settings, 0).unwrap();
+            self.maps.counts_mut().unwrap().set(worker, counts, 0).unwrap();
+            self.maps.live_bounds.remove();
+        }
+    }
+
+    /// Steps between two choices.
+    #[derive(Clone, Debug)]
+    enum Step {
+        /// The connection of the last choice is taken back.
+        TakenBack,
+        /// It stays.
+        Stays,
+        /// It stays, and this worker has changed.
+        Changes(usize, (WorkerSettings, WorkerCounts)),
+    }
+
+    /// With many workers a choice starts from what the last one has found out.
+    #[test]
+    fn choices_in_a_row_are_those_of_the_function() {
+        if !can_run() {
+            return;
+        }
+        // Most of the time all have the same weight and room.
+        let even = |(settings, counts): (WorkerSettings, WorkerCounts)| {
+            let slow_start = FULL_SPEED;
+            (WorkerSettings { weight: 1, slow_start, maximum: 0, draining: 0, ..settings }, counts)
+        };
+        let one = || prop_oneof![100 => worker().prop_map(even), 1 => worker()];
+        let step = prop_oneof![
+            4 => Just(Step::TakenBack),
+            6 => Just(Step::Stays),
+            1 => (any::<usize>(), one()).prop_map(|(at, to)| Step::Changes(at, to)),
+        ];
+        let many = proptest::collection::vec(one(), 15..=SCAN_WORKERS as usize + 2);
+        let steps = proptest::collection::vec(step, 60);
+        let kernel = RefCell::new(Kernel::new());
+        let config = Config { cases: 60, failure_persistence: None, ..Config::default() };
+        TestRunner::new(config)
+            .run(&(many, steps, any::<u32>()), |(workers, steps, last)| {
+                let mut kernel = kernel.borrow_mut();
+                let now = u64::from(crate::second());
+                // Ages become seconds, each in its place.
+                let seconds = |mut counts: WorkerCounts| {
+                    for slot in std::mem::take(&mut counts.pending) {
+                        let second = now - (slot >> 32);
+                        let place = (second % u64::from(PENDING_SECONDS)) as usize;
+                        counts.pending[place] = second << 32 | (slot & 0xffff_ffff);
+                    }
+                    counts
+                };
+                let (mut settings, counts): (Vec<_>, Vec<_>) = workers.into_iter().unzip();
+                let mut counts: Vec<WorkerCounts> = counts.into_iter().map(seconds).collect();
+                let case = Case {
+                    workers: settings.iter().copied().zip(counts.iter().copied()).collect(),
+                    last: last % 300,
+                    turn: 0,
+                    seed: 0,
+                    policy: Policy::LeastConnections,
+                    client: Ipv4Addr::LOCALHOST,
+                    clock: 0,
+                };
+                let mut before = case.totals();
+                let (mut choice, _, mut after) = kernel.decide(&case);
+                for step in steps.into_iter().map(Some).chain([None]) {
+                    let pool = Pool {
+                        settings: &settings,
+                        counts: &counts,
+                        totals: before,
+                        policy: case.policy,
+                        seed: 0,
+                        second: after.second,
+                        is_v6: false,
+                        key: 0,
+                    };
+                    prop_assert_eq!(choice, pool.choose());
+                    let Some(step) = step else { break };
+                    if let Choice::Worker(worker) = choice {
+                        let counts = &mut counts[worker as usize];
+                        match step {
+                            Step::TakenBack => {}
+                            _ => counts.add_pending(after.second),
+                        }
+                    }
+                    if !matches!(step, Step::TakenBack) {
+                        kernel.forget_handshakes();
+                    }
+                    if let Step::Changes(at, (to, with)) = step {
+                        let at = at % settings.len();
+                        (settings[at], counts[at]) = (to, seconds(with));
+                        kernel.change(at as u32, &settings[at], &counts[at]);
+                    }
+                    before = after;
+                    choice = kernel.choose(case.client);
+                    after = kernel.totals();
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
+
+    fn can_run() -> bool {
+        let missing = missing(&Places::default());
+        let runs = missing.is_empty() && unshare(CloneFlags::CLONE_NEWNET).is_ok();
+        if !runs {
+            let what = missing.join("; ");
+            test_support::skip_on_this_kernel(&format!("needs root and BPF: {what}"));
+        }
+        runs
     }
 
     #[test]
     fn the_program_decides_as_the_function() {
-        let missing = missing(&Places::default());
-        if !missing.is_empty() || unshare(CloneFlags::CLONE_NEWNET).is_err() {
-            test_support::skip_on_this_kernel(&format!(
-                "needs root and BPF: {}",
-                missing.join("; ")
-            ));
+        if !can_run() {
             return;
         }
         let kernel = RefCell::new(Kernel::new());

@@ -117,6 +117,11 @@ fn constants_are_those_of_the_header() {
     assert_eq!(constant("STEER_DRAWS"), DRAWS);
     assert_eq!(constant("STEER_FULL_SPEED"), FULL_SPEED);
     assert_eq!(constant("STEER_PENDING_SECONDS"), PENDING_SECONDS);
+    assert!(
+        header
+            .contains(&format!("STEER_BOUND_CHANGE (1ULL << {})\n", BOUND_CHANGE.trailing_zeros()))
+    );
+    assert!(header.contains(&format!("STEER_BOUND_COST {BOUND_COST:#x}ULL\n")));
     assert!(header.contains(&format!("STEER_TURN (1ULL << {})\n", TURN.trailing_zeros())));
     assert!(header.contains(&format!("STEER_TURN_FAR (1ULL << {})\n", TURN_FAR.trailing_zeros())));
 }
