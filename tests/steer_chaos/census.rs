@@ -98,6 +98,8 @@ pub fn compare(run: &Run, dispatcher: &Process, random: &mut Random) -> Result<Q
         if found == expected { Ok(()) } else { Err(format!("{found:?} run, not {expected:?}")) }
     });
     expected?;
+    // A suspect has a connection of the dispatcher until it accepts it.
+    run.wait_status("every worker to be trusted", everything_is_there)?;
     // Requests of the status come and go.
     let all = std::iter::repeat_with(|| {
         std::thread::sleep(Duration::from_millis(5));
