@@ -232,3 +232,36 @@ fn serve_starts_servers_that_inherit_a_listener_in_every_case() {
         assert!(TcpStream::connect(PUBLIC).is_err(), "no listener is left");
     }
 }
+
+/// The next dispatcher takes over the processes. One that ends after its last connection has closed
+/// its listener: it is replaced.
+#[test]
+fn processes_outlive_their_dispatcher() {
+    if !can_start() {
+        return;
+    }
+    let config = format!("{}on_dispatcher_loss = \"serve\"\n", heirs(2, HASH));
+    let folder = configure(&config);
+    let mut dispatcher = Dispatcher::start_as(folder.path(), &mut without_capabilities());
+    ready(&dispatcher, 2);
+    let (leaves, stays) = (pid_of(&dispatcher, "web-1"), pid_of(&dispatcher, "web-2"));
+    dispatcher.process.kill();
+    let mut held: Vec<TcpStream> = (0..40).map(|_| dial()).collect();
+    held.retain_mut(|client| answer(client) == leaves);
+    assert!(!held.is_empty());
+    signal(leaves, Signal::SIGUSR1);
+    wait_until("its listener to be closed", || sockets(leaves) == held.len());
+
+    let mut dispatcher = Dispatcher::start_as(folder.path(), &mut without_capabilities());
+    let pids = processes_of(&ready(&dispatcher, 2));
+    assert!(pids.contains(&stays) && !pids.contains(&leaves), "{pids:?}: not {leaves}");
+    assert!(dispatcher.log().contains("event=process_leaves pool=web worker=web/web-1"));
+    assert!((0..20).all(|_| pids.contains(&answer(&mut dial()))));
+    for client in &mut held {
+        client.set_nonblocking(true).unwrap();
+        let nothing = std::io::Read::read(client, &mut [0]).expect_err("it is open");
+        assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
+    }
+    assert!(dispatcher.stop().success());
+    wait_until("all to end", || pids.iter().chain([&leaves]).all(|&pid| !is_alive(pid)));
+}

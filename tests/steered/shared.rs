@@ -62,7 +62,7 @@ pub fn pid_of(dispatcher: &Dispatcher, name: &str) -> i32 {
 }
 
 /// How many sockets a process has.
-fn sockets(pid: i32) -> usize {
+pub fn sockets(pid: i32) -> usize {
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
     let links = entries.filter_map(|entry| std::fs::read_link(entry.path()).ok());
     links.filter(|link| link.to_string_lossy().starts_with("socket:")).count()

@@ -15,7 +15,7 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use dispatch_steer::{Error, MAX_WORKERS, PlainListener};
+use dispatch_steer::{Error, MAX_WORKERS, PlainListener, listening};
 use dispatcher_core::{PoolId, SteerCounts};
 
 use super::open::open;
@@ -114,7 +114,8 @@ impl SteerThread {
         match command {
             SteerCommand::Change(spec) => pool.change(*spec),
             SteerCommand::Prepare { holder, adopt, .. } => match pool.prepare(holder, adopt) {
-                Ok((number, address, listeners)) => {
+                Ok(None) => self.outbox.report(SteerEvent::HasClosed(holder)),
+                Ok(Some((number, address, listeners))) => {
                     let slot = Slot { pool: id, number };
                     self.outbox.report(SteerEvent::Prepared { holder, slot, address, listeners });
                     if adopt.is_some() {
@@ -183,8 +184,9 @@ impl HashedPool {
         }
     }
 
-    /// A slot, and what its process inherits.
-    fn prepare(&mut self, holder: Holder, adopt: Option<Adopt>) -> Result<Inherits, Error> {
+    /// A slot, and what its process inherits. `None` if the process to adopt has closed the listeners
+    /// that it inherited.
+    fn prepare(&mut self, holder: Holder, adopt: Option<Adopt>) -> Result<Option<Inherits>, Error> {
         let invalid = |text: &str| Error::Invalid(text.to_owned());
         let Holder::Process(process) = holder else {
             return Err(invalid("only processes of the dispatcher inherit listeners"));
@@ -193,6 +195,9 @@ impl HashedPool {
         let address = public.ok_or_else(|| invalid("its pool has no listener"))?;
         let number = (0..MAX_WORKERS).find(|number| !self.slots.contains_key(number));
         let number = number.ok_or_else(|| invalid("its pool has too many processes"))?;
+        if adopt.as_ref().is_some_and(|adopt| !self.may_listen(adopt.pid)) {
+            return Ok(None);
+        }
         let place = process.place;
         let replaces = self.slots.values().any(|slot| slot.place == place);
         // A process of an earlier dispatcher has listeners of which there is no duplicate here.
@@ -208,7 +213,17 @@ impl HashedPool {
             not_counted: None,
         };
         self.slots.insert(number, slot);
-        Ok((number, address, listeners))
+        Ok(Some((number, address, listeners)))
+    }
+
+    /// Whether a process has a listener of the pool. What may not be looked at is taken for one.
+    fn may_listen(&self, pid: i32) -> bool {
+        let (Ok(sockets), Ok(listening)) = (sockets_of(pid), listening::list()) else {
+            return true;
+        };
+        let is_public = |address| self.spec.publics.iter().any(|it| it.address == address);
+        let mut own = listening.iter().filter(|it| sockets.contains(&it.inode));
+        own.any(|it| is_public(it.address))
     }
 
     /// Duplicates of the listeners of a place: those that it has, those that wait for any process,
