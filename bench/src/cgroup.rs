@@ -25,6 +25,11 @@ impl Cgroup {
         Ok(Cgroup { path })
     }
 
+    /// Moves a process here; what it starts from now on stays here, too.
+    pub fn add(&self, pid: u32) -> io::Result<()> {
+        fs::write(self.path.join("cgroup.procs"), pid.to_string())
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -71,6 +71,9 @@ pub struct Setup {
     pub stuck: u16,
     /// The system calls of the front process are counted, which slows it down.
     pub count_calls: bool,
+    /// The processes have a cgroup of their own, as those of a unit of systemd. The kernel accounts
+    /// for each cgroup, which takes time.
+    pub own_cgroup: bool,
 }
 
 impl Setup {
@@ -84,6 +87,7 @@ impl Setup {
             round: Duration::ZERO,
             stuck: 0,
             count_calls: false,
+            own_cgroup: false,
         }
     }
 }
@@ -139,7 +143,7 @@ impl Contender {
             processes: Vec::new(),
             children: Vec::new(),
             directory,
-            cgroup: None,
+            cgroup: setup.own_cgroup.then(Cgroup::new).transpose()?,
         };
         match self.how {
             How::Dispatcher => ours::dispatcher(&mut running, self.kind, setup, dispatcher, false),
@@ -191,16 +195,18 @@ impl Running {
         self.directory.path().join(name)
     }
 
-    fn add_child(&mut self, role: Role, child: Child) {
-        self.processes.push(Process { role, pid: child.id() as i32 });
+    fn add_child(&mut self, role: Role, child: Child) -> io::Result<()> {
+        let pid = child.id();
+        self.processes.push(Process { role, pid: pid as i32 });
         self.children.push(child);
+        self.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup.add(pid))
     }
 
     /// Starts a process and waits until it has printed `ready` this number of times.
     fn start_ready(&mut self, role: Role, command: &mut Command, times: u16) -> io::Result<()> {
         let mut child = command.stdout(Stdio::piped()).spawn()?;
         let out = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
-        self.add_child(role, child);
+        self.add_child(role, child)?;
         let mut lines = BufReader::new(out).lines();
         for _ in 0..times {
             if lines.next().transpose()?.as_deref() != Some("ready") {

@@ -73,7 +73,7 @@ pub(super) fn dispatcher(
         .arg(&file)
         .env("DISPATCHER_LOG", "error")
         .spawn()?;
-    running.add_child(Role::Front, child);
+    running.add_child(Role::Front, child)?;
 
     for index in 0..setup.stuck {
         let mut command = ourselves()?;

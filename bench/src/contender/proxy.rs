@@ -48,7 +48,7 @@ pub(super) fn haproxy(running: &mut Running, kind: Kind, setup: &Setup) -> io::R
     std::fs::write(&file, config)?;
     let child =
         program(&installed("haproxy")?)?.arg("-db").arg("-q").arg("-f").arg(&file).spawn()?;
-    running.add_child(Role::Front, child);
+    running.add_child(Role::Front, child)?;
     Ok(())
 }
 
@@ -80,7 +80,7 @@ pub(super) fn nginx(running: &mut Running, kind: Kind, setup: &Setup) -> io::Res
     std::fs::write(&file, config)?;
     let mut command = program(&binary)?;
     command.arg("-p").arg(running.directory.path()).arg("-e").arg("/dev/null").arg("-c").arg(&file);
-    running.add_child(Role::Front, command.spawn()?);
+    running.add_child(Role::Front, command.spawn()?)?;
     let master = running.processes.last().map_or(0, |process| process.pid);
     // The proxy's own workers start a moment later.
     let deadline = std::time::Instant::now() + super::PATIENCE;

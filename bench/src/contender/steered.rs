@@ -54,12 +54,16 @@ pub(super) fn dispatcher(
     );
     let file = running.path("dispatcher.toml");
     std::fs::write(&file, config)?;
-    let cgroup = running.cgroup.insert(Cgroup::new()?);
+    let cgroup = match running.cgroup.take() {
+        Some(cgroup) => cgroup,
+        None => Cgroup::new()?,
+    };
+    let cgroup = running.cgroup.insert(cgroup);
     let mut front = ourselves()?;
     front.arg("exec").arg("--cgroup").arg(cgroup.path()).arg(binary);
     front.arg("run").arg("--config").arg(&file).env("DISPATCHER_LOG", "error");
     // The workers have its standard output and say there that they are ready.
-    running.add_child(Role::Front, front.stdout(Stdio::null()).spawn()?);
+    running.add_child(Role::Front, front.stdout(Stdio::null()).spawn()?)?;
 
     let deadline = Instant::now() + PATIENCE;
     loop {

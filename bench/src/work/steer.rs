@@ -44,6 +44,11 @@ fn job(plan: &Plan, clients: usize) -> Job {
     Job::Short { clients, fin: false, warm, time }
 }
 
+/// Each contender has a cgroup of its own, because steering needs one.
+fn setup(workers: u16) -> Setup {
+    Setup { own_cgroup: true, ..Setup::new(SERVE, workers) }
+}
+
 fn rate(plan: &Plan, clients: usize, workers: u16, contenders: &[How]) -> Case {
     let plural = if workers == 1 { "" } else { "s" };
     let contenders = contenders.iter().map(|&how| Contender::new(how, Kind::Mio)).collect();
@@ -52,7 +57,7 @@ fn rate(plan: &Plan, clients: usize, workers: u16, contenders: &[How]) -> Case {
         RATE,
         &COLUMNS,
         contenders,
-        &Setup::new(SERVE, workers),
+        &setup(workers),
         &job(plan, clients),
     );
     case.others = LATENCIES.to_vec();
@@ -68,7 +73,7 @@ fn calls(plan: &Plan) -> Case {
         &[(2, 0), (2, 1), (2, 16), (2, 256), (1, 16), (64, 16), (256, 16)]
     };
     let variant = |how: How, &(workers, clients): &(u16, usize)| {
-        let mut setup = Setup::new(SERVE, workers);
+        let mut setup = setup(workers);
         setup.count_calls = true;
         let contender = Contender::new(how, Kind::Mio);
         Variant {
