@@ -1,11 +1,13 @@
 //! The dispatcher ends, is killed, restarts: the kernel goes on choosing where that was asked for.
 
+use std::io::Read;
 use std::net::TcpStream;
 
 use nix::sys::signal::Signal;
 use test_support::{Dispatcher, wait_until};
 
 use crate::place::*;
+use crate::shared::{answer, dial, pid_of, signal, sockets};
 
 #[test]
 fn a_stop_ends_the_processes_and_refuses_clients() {
@@ -97,4 +99,46 @@ fn a_process_that_died_meanwhile_is_replaced() {
     wait_loads(&dispatcher, &[4, 4]);
     drop((held, more));
     command(&dispatcher, &["status"]);
+}
+
+/// It ends after its last connection. The next dispatcher does not know what it counts.
+#[test]
+fn a_process_that_closed_its_listener_meanwhile_keeps_its_connections_and_is_replaced() {
+    if !enter() {
+        return;
+    }
+    closes_without_dispatcher(&keepers(2, ""));
+}
+
+/// One of two processes of `pool` closes its listener without a dispatcher.
+pub fn closes_without_dispatcher(pool: &str) {
+    let (_pins, folder) = outliving(pool);
+    let mut dispatcher = Dispatcher::start_in(folder.path());
+    ready(&dispatcher, 2);
+    let leaves = pid_of(&dispatcher, "web-2");
+    let mut clients: Vec<TcpStream> = (0..20).map(|_| dial()).collect();
+    clients.retain_mut(|client| answer(client) == leaves);
+    assert!(!clients.is_empty());
+    dispatcher.process.kill();
+    signal(leaves, Signal::SIGUSR1);
+    wait_until("its listener to be closed", || sockets(leaves) == clients.len());
+    for _ in 0..2 {
+        dispatcher.process.kill();
+        dispatcher = Dispatcher::start_in(folder.path());
+        let pool = ready(&dispatcher, 2);
+        assert!(!processes_of(&pool).contains(&leaves));
+        let log = dispatcher.log();
+        assert!(log.contains("event=process_leaves") && !log.contains("worker_not_steered"));
+        assert!((0..20).all(|_| answer(&mut dial()) != leaves));
+    }
+    for client in &mut clients {
+        client.set_nonblocking(true).unwrap();
+        let nothing = client.read(&mut [0]).expect_err("it is open");
+        assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
+    }
+    signal(leaves, Signal::SIGTERM);
+    wait_until("it to end", || !is_alive(leaves));
+    dispatcher.wait_status("its end to be known", |status| {
+        status.pools[0].processes.as_ref().is_some_and(|it| (it.active, it.leaving) == (2, 0))
+    });
 }

@@ -352,41 +352,12 @@ fn a_process_that_died_meanwhile_is_replaced() {
     wait_loads(&dispatcher, &[0; 3]);
 }
 
-/// A process that ends by itself after its last connection has no listener any more.
 #[test]
 fn a_process_that_closed_its_listener_meanwhile_keeps_its_connections_and_is_replaced() {
     if !enter() {
         return;
     }
-    let (_pins, folder) = outliving(&heirs(2, ""));
-    let mut dispatcher = Dispatcher::start_in(folder.path());
-    ready(&dispatcher, 2);
-    let leaves = pid_of(&dispatcher, "web-2");
-    let mut clients: Vec<TcpStream> = (0..20).map(|_| dial()).collect();
-    clients.retain_mut(|client| answer(client) == leaves);
-    assert!(!clients.is_empty());
-    dispatcher.process.kill();
-    signal(leaves, Signal::SIGUSR1);
-    wait_until("its listener to be closed", || sockets(leaves) == clients.len());
-    for _ in 0..2 {
-        dispatcher.process.kill();
-        dispatcher = Dispatcher::start_in(folder.path());
-        let pool = ready(&dispatcher, 2);
-        assert!(!processes_of(&pool).contains(&leaves));
-        let log = dispatcher.log();
-        assert!(log.contains("event=process_leaves") && !log.contains("worker_not_steered"));
-        assert!((0..20).all(|_| answer(&mut dial()) != leaves));
-    }
-    for client in &mut clients {
-        client.set_nonblocking(true).unwrap();
-        let nothing = client.read(&mut [0]).expect_err("it is open");
-        assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
-    }
-    signal(leaves, Signal::SIGTERM);
-    wait_until("it to end", || !is_alive(leaves));
-    dispatcher.wait_status("its end to be known", |status| {
-        status.pools[0].processes.as_ref().is_some_and(|it| (it.active, it.leaving) == (2, 0))
-    });
+    life::closes_without_dispatcher(&heirs(2, ""));
 }
 
 /// Without pins the kernel's hash takes over, and the next dispatcher takes over the listeners.

@@ -154,7 +154,7 @@ pub(super) enum SteerEvent {
     Prepared { holder: Holder, slot: Slot, address: SocketAddr, listeners: Vec<(String, OwnedFd)> },
     /// There is no slot for it.
     NotPrepared { holder: Holder, error: String },
-    /// A process of an earlier dispatcher has closed the listeners that it inherited.
+    /// A process of an earlier dispatcher has closed its listeners.
     HasClosed(Holder),
     /// A worker listens.
     Listens(Slot, SteerCounts),

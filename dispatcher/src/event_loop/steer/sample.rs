@@ -70,6 +70,20 @@ pub(super) fn sockets_of(pid: i32) -> io::Result<HashSet<u32>> {
     Ok(found)
 }
 
+/// Whether a process has connections at some of these ports, and no listener at its address any
+/// more. What may not be looked at is taken for one that listens.
+pub(super) fn has_closed(pid: i32, address: SocketAddr, at: impl Fn(u16) -> bool) -> bool {
+    let looked = || -> io::Result<bool> {
+        let sockets = sockets_of(pid)?;
+        let mut listeners = listening::list()?.into_iter();
+        if listeners.any(|it| it.address == address && sockets.contains(&it.inode)) {
+            return Ok(false);
+        }
+        Ok(listening::connected(at)?.iter().any(|it| sockets.contains(&it.inode)))
+    };
+    looked().unwrap_or(false)
+}
+
 /// The inode in `socket:[INODE]`.
 fn socket_inode(link: &str) -> Option<u32> {
     link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()

@@ -191,8 +191,8 @@ impl SteerThread {
         }
     }
 
-    /// Finds a slot, and registers the address there. `None` if the process to adopt has closed the
-    /// listeners that it inherited.
+    /// Finds a slot, and registers the address there. `None` if the process to adopt has closed its
+    /// listeners.
     fn prepare(
         &mut self,
         id: PoolId,
@@ -218,6 +218,9 @@ impl SteerThread {
             }
         };
         let pool = self.pools.get_mut(&id).ok_or("its pool has no programs in the kernel")?;
+        if adopt.as_ref().is_some_and(|adopt| pool.has_closed(adopt.pid, address)) {
+            return Ok(None);
+        }
         let number = pool.register(address, adopt.is_some()).map_err(|error| error.to_string())?;
         Ok(Some((number, address, Vec::new())))
     }
