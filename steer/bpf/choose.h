@@ -327,8 +327,9 @@ static __always_inline void scan_all(struct choice *choice)
 		bound = bpf_map_lookup_elem(&bounds, &is_v6);
 	if (bound) {
 		/* From now on the word changes when a load falls. */
-		__sync_val_compare_and_swap(&bound->word, 0, STEER_BOUND_CHANGE);
-		before = *(volatile __u64 *)&bound->word;
+		before = __sync_val_compare_and_swap(&bound->word, 0, STEER_BOUND_CHANGE);
+		if (!before)
+			before = STEER_BOUND_CHANGE;
 		if (((before >> 16) & 0xffff) == second)
 			choice->bound = before & STEER_BOUND_COST;
 	}

@@ -470,7 +470,7 @@ static __always_inline void shared_changed(struct bpf_sock_ops *ops, struct bpf_
 		owner = bpf_sk_storage_get(&owners, sk, 0, 0);
 		cookie = bpf_get_socket_cookie(ops);
 		present = bpf_map_lookup_elem(&moved, &cookie);
-		if (owner && owner->counted && present) {
+		if (owner && owner->counted && present && *present != STEER_NOT_COUNTED) {
 			owner->worker = *present;
 			bpf_map_delete_elem(&moved, &cookie);
 			__sync_fetch_and_add(&m->open, -1);

@@ -134,22 +134,36 @@ impl Steering {
         let listener = self.held_back(worker, |steering| {
             steering.activate(group)?;
             let listener = Listener::bind(public, backlog)?;
-            steering.own(&listener.fd, worker)?;
-            listener.listen()?;
-            let shared = steering.sharing()?;
-            shared.maps.register(group, worker, &listener.fd)?;
-            listener.lock()?;
-            if steering.counts(worker)?.listens == before {
-                return Err(Error::Invalid(
-                    "nothing counts the listeners of this process: give a cgroup that contains it"
-                        .to_owned(),
-                ));
+            let opened = steering.begin(worker, group, &listener, before);
+            if opened.is_err() {
+                steering.sharing()?.maps.forget(cookie_of(&listener.fd)?)?;
             }
-            Ok(listener)
+            opened.map(|()| listener)
         })?;
         let duplicate = listener.duplicate()?;
         self.sharing()?.listeners.insert((worker, group), listener);
         Ok(duplicate)
+    }
+
+    /// Lets a new listener get connections. `before`: the listeners of its worker that were counted.
+    fn begin(
+        &mut self,
+        worker: u32,
+        group: u32,
+        listener: &Listener,
+        before: u32,
+    ) -> Result<(), Error> {
+        self.own(&listener.fd, worker)?;
+        listener.listen()?;
+        self.sharing()?.maps.register(group, worker, &listener.fd)?;
+        listener.lock()?;
+        if self.counts(worker)?.listens == before {
+            return Err(Error::Invalid(
+                "nothing counts the listeners of this process: give a cgroup that contains it"
+                    .to_owned(),
+            ));
+        }
+        Ok(())
     }
 
     /// Takes over all listeners of a worker that an earlier process opened, one for each public
@@ -195,7 +209,9 @@ impl Steering {
                 }
                 steering.own(&listener.fd, worker)?;
             }
-            if new > 0 {
+            // What comes from now on is counted.
+            let mut queues = found.iter().map(|(_, listener, _)| listener.queue_len());
+            if new > 0 && queues.any(|queued| !matches!(queued, Ok(0))) {
                 steering.note_what_waits()?;
             }
             found.iter().try_for_each(|(group, ..)| steering.activate(*group))
@@ -327,12 +343,15 @@ impl Steering {
         let mut waiting = Vec::new();
         self.read_sockets(CONNECTED, &mut |socket| {
             let waits = socket.inode == 0 && ports.contains(&socket.local.port());
-            if waits && socket.owner.is_none() {
+            // A handshake under way has no cgroup: its connection will have an owner.
+            if waits && socket.owner.is_none() && socket.cgroup.is_some() {
                 waiting.push(socket.cookie);
             }
         })?;
         let maps = &mut self.sharing()?.maps;
-        waiting.into_iter().try_for_each(|cookie| maps.is_not_counted(cookie))
+        // Without room for all, a comparison with the kernel's list corrects the counts.
+        let _ = waiting.into_iter().try_for_each(|cookie| maps.is_not_counted(cookie));
+        Ok(())
     }
 
     fn sharing(&mut self) -> Result<&mut Shared, Error> {

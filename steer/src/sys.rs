@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering, fence};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -149,9 +149,14 @@ impl LiveBounds {
     /// The next choices look at all workers again. To be called after each change of what the loader
     /// writes.
     pub(crate) fn remove(&self) {
+        fence(Ordering::SeqCst);
         for family in 0..BOUNDS {
             // SAFETY: aligned and within the mapping; others change the words only atomically.
             let word = unsafe { AtomicU64::from_ptr(self.0.as_ptr().add(family)) };
+            // A scan sets it before it reads anything.
+            if word.load(Ordering::SeqCst) == 0 {
+                continue;
+            }
             word.fetch_add(BOUND_CHANGE, Ordering::SeqCst);
             word.fetch_and(!BOUND_COST, Ordering::SeqCst);
         }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, ErrorKind, Read};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -94,6 +94,55 @@ fn the_next_dispatcher_takes_over_the_listeners() {
     lab.settled();
     drop(held);
     lab.empty();
+}
+
+/// A handshake that is under way when the listeners are taken over counts when it is complete.
+#[test]
+fn handshakes_of_a_takeover_count_once() {
+    let Some(mut lab) = Lab::sharing(2) else { return };
+    lab.steering = None;
+    for worker in 0..2 {
+        drop(listener_of(&lab, worker));
+        lab.signal(worker, Signal::SIGSTOP);
+    }
+    let waiting: Vec<TcpStream> = (0..10).map(|_| dial(V4)).collect();
+    // The kernel completes a handshake only when data comes.
+    let defer = "import socket\nsocket.socket(fileno=0).setsockopt(6, socket.TCP_DEFER_ACCEPT, 60)";
+    for worker in 0..2 {
+        let listener = Stdio::from(listener_of(&lab, worker));
+        let mut python = Command::new("python3");
+        assert!(python.args(["-c", defer]).stdin(listener).status().unwrap().success());
+    }
+    let mut under_way: Vec<TcpStream> = (0..10).map(|_| dial(V4)).collect();
+
+    let cgroup = lab.home.as_ref().unwrap().path();
+    let wait = Duration::ZERO;
+    lab.steering = Some(Steering::load_shared(&Options { cgroup, wait }).unwrap());
+    for worker in 0..2 {
+        lab.steering().set_worker(worker, WorkerSettings::new(1)).unwrap();
+        let listener = listener_of(&lab, worker);
+        lab.steering().take_listeners(worker, vec![listener]).unwrap();
+    }
+    assert_eq!(lab.live(), [0, 0]);
+    under_way.iter_mut().for_each(|client| client.write_all(b"x").unwrap());
+    eventually("them to count", 10, || lab.live().iter().sum::<i64>());
+    for _ in 0..3 {
+        assert_eq!(lab.steering().reconcile().unwrap(), []);
+    }
+    // They move with their counts, and what does not count moves without one.
+    let queued = lab.steering().queue_len(0).unwrap();
+    lab.steering().evict(0).unwrap();
+    assert_eq!(lab.live(), [0, 10]);
+    assert_eq!(lab.steering().moves().unwrap().migrated, u64::from(queued));
+    for _ in 0..3 {
+        assert_eq!(lab.steering().reconcile().unwrap(), []);
+    }
+    lab.signal(1, Signal::SIGCONT);
+    drop((waiting, under_way));
+    lab.steering().restore(0).unwrap();
+    lab.signal(0, Signal::SIGCONT);
+    lab.empty();
+    assert_eq!(lab.steering().moves().unwrap().open, 0);
 }
 
 #[test]

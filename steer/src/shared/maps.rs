@@ -110,19 +110,11 @@ impl SharedMaps {
     /// Lets the program choose this listener. A listener can be registered once: the kernel needs
     /// some milliseconds to drop the maps of an earlier process.
     pub fn register(&mut self, group: u32, worker: u32, socket: &OwnedFd) -> Result<(), Error> {
-        if worker < MAX_WORKERS {
-            let cookie = cookie_of(socket)?;
-            HashMap::try_from(&mut self.listener_workers)
-                .and_then(|mut map: HashMap<&mut MapData, u64, u32>| {
-                    map.insert(cookie, worker, ANY)
-                })
-                .map_err(|error| Error::refused("note the worker of a listener", error))?;
-        }
         let (map, index) = (self.group_listeners.fd().as_fd(), index(group, worker));
         let until = Instant::now() + HANDOVER;
         loop {
             let error = match sys::set_socket(map, index, socket.as_fd()) {
-                Ok(()) => return Ok(()),
+                Ok(()) => return self.note_worker(worker, socket),
                 Err(error) => error,
             };
             if error.raw_os_error() != Some(libc::EBUSY) || Instant::now() > until {
@@ -136,6 +128,17 @@ impl SharedMaps {
     pub fn clear(&self, group: u32, worker: u32) -> Result<(), Error> {
         sys::clear_socket(self.group_listeners.fd().as_fd(), index(group, worker))
             .map_err(|error| Error::System { step: "remove a listener", error })
+    }
+
+    fn note_worker(&mut self, worker: u32, listener: &OwnedFd) -> Result<(), Error> {
+        if worker == MAX_WORKERS {
+            // A sink.
+            return Ok(());
+        }
+        let cookie = cookie_of(listener)?;
+        HashMap::try_from(&mut self.listener_workers)
+            .and_then(|mut map: HashMap<&mut MapData, u64, u32>| map.insert(cookie, worker, ANY))
+            .map_err(|error| Error::refused("note the worker of a listener", error))
     }
 
     /// Forgets which worker a listener had, after it was closed.
@@ -172,7 +175,7 @@ impl SharedMaps {
     /// The present worker of a connection that was moved, by its cookie.
     pub fn moved_to(&self, cookie: u64) -> Option<u32> {
         let map = HashMap::<&MapData, u64, u32>::try_from(&self.moved);
-        map.and_then(|map| map.get(&cookie, 0)).ok()
+        map.and_then(|map| map.get(&cookie, 0)).ok().filter(|&worker| worker != NOT_COUNTED)
     }
 
     /// Keeps the program from moving the count of a connection that does not count.
@@ -209,7 +212,8 @@ impl SharedMaps {
         let refused = |error| Error::refused("read the connections of this process", error);
         let map = HashMap::<&MapData, Remote, u32>::try_from(&self.directed).map_err(refused)?;
         let all: Vec<Remote> = map.keys().collect::<Result<_, _>>().map_err(refused)?;
-        all.iter().try_for_each(|remote| self.direct_no_more(remote))
+        all.iter().try_for_each(|remote| self.direct_no_more(remote))?;
+        change(&mut self.shared, |settings| settings.directs = 0)
     }
 
     pub fn moves(&self) -> Result<Moves, Error> {
