@@ -286,7 +286,11 @@ impl Group {
     fn add(&mut self, folder: &Path, folders: &mut Vec<PathBuf>) -> io::Result<()> {
         // The identifier of a cgroup is the number of its directory.
         self.ids.insert(fs::metadata(folder)?.ino());
-        let processes = fs::read_to_string(folder.join("cgroup.procs"))?;
+        let processes = match fs::read_to_string(folder.join("cgroup.procs")) {
+            // A threaded cgroup: its processes are listed above it.
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => String::new(),
+            processes => processes?,
+        };
         self.processes.extend(processes.lines().filter_map(|line| line.parse::<u32>().ok()));
         for entry in fs::read_dir(folder)? {
             let entry = entry?;

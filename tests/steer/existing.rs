@@ -261,3 +261,19 @@ fn without_the_right_to_trace_the_missing_capability_is_named() {
         assert_eq!(said, "Ok([127.0.0.1:9000])");
     }
 }
+
+/// Container managers make cgroups for threads, whose processes the kernel does not list there.
+#[test]
+fn threaded_cgroups_below_are_no_obstacle() {
+    let Some(mut earlier) = Earlier::new(&["127.0.0.1"]) else { return };
+    let threads = earlier.lab.cgroup().join("threads");
+    std::fs::create_dir(&threads).unwrap();
+    std::fs::write(threads.join("cgroup.type"), "threaded").unwrap();
+    let refused = std::fs::read_to_string(threads.join("cgroup.procs")).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::Unsupported);
+    earlier.steer();
+    let adopted = earlier.adopt(0);
+    std::fs::remove_dir(&threads).unwrap();
+    assert_eq!(adopted.unwrap(), [own(FIRST_PORT)]);
+    drop(connect(V4));
+}
