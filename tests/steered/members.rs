@@ -70,6 +70,43 @@ fn members_that_listen_already_are_found() {
     assert!(!log.contains("worker_not_steered"), "nothing is wrong with its listener: {log}");
 }
 
+/// Reloads come while the first configuration is still carried out: members are removed, return and
+/// change their places.
+#[test]
+fn members_of_reloads_in_a_row_are_those_of_the_last() {
+    let Some(cgroup) = enter().then(Cgroup::new).flatten() else { return };
+    let members = |ports: &mut dyn Iterator<Item = u16>| {
+        let all: Vec<String> = ports.map(|port| cgroup.member(&format!("m{port}"), port)).collect();
+        pool(&all.concat())
+    };
+    let all = || 9_001..9_031;
+    let temp = configure(&members(&mut all()));
+    let folder = temp.path();
+    let dispatcher = Dispatcher::start_in(folder);
+    for round in 0..8 {
+        let config = match round % 4 {
+            0 => members(&mut all().rev()),
+            1 => members(&mut all().filter(|port| port % 2 == 0)),
+            2 => members(&mut all().filter(|port| port % 3 == 0)),
+            _ => members(&mut all().rev()),
+        };
+        write_config(folder, &config);
+        assert!(test_support::http_post(&folder.join("admin.sock"), "/v1/reload", "{}"));
+    }
+    let servers: Vec<Process> =
+        [9_005, 9_030, 9_016].map(|port| keeper(&cgroup, &format!("m{port}"), port)).into();
+    let pool = ready(&dispatcher, 3);
+    for worker in &pool.workers {
+        let address = worker.steer.as_ref().unwrap().address.clone();
+        assert_eq!(address, format!("127.0.0.1:{}", worker.name.strip_prefix('m').unwrap()));
+    }
+    let held: Vec<TcpStream> = (0..30).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[10; 3]);
+    let log = dispatcher.log();
+    assert!(!log.contains("worker_not_steered"), "{log}");
+    drop((held, servers));
+}
+
 #[test]
 fn a_reload_adds_and_removes_members() {
     let Some(cgroup) = enter().then(Cgroup::new).flatten() else { return };

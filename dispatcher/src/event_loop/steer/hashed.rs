@@ -113,7 +113,9 @@ impl SteerThread {
         let Some(pool) = self.hashed.pools.get_mut(&id) else { return Some(command) };
         match command {
             SteerCommand::Change(spec) => pool.change(*spec),
-            SteerCommand::Prepare { holder, adopt, .. } => match pool.prepare(holder, adopt) {
+            SteerCommand::Prepare { holder, address: wanted, adopt, .. } => match pool
+                .prepare(holder, adopt)
+            {
                 Ok(None) => self.outbox.report(SteerEvent::HasClosed(holder)),
                 Ok(Some((number, address, listeners))) => {
                     let slot = Slot { pool: id, number };
@@ -124,7 +126,8 @@ impl SteerThread {
                 }
                 Err(error) => {
                     let error = error.to_string();
-                    self.outbox.report(SteerEvent::NotPrepared { holder, error });
+                    let address = wanted;
+                    self.outbox.report(SteerEvent::NotPrepared { holder, address, error });
                 }
             },
             SteerCommand::Runs(slot, pid) => {

@@ -114,6 +114,7 @@ impl EventLoop {
                 let adopt = Some(Adopt { pid });
                 self.steers.send(SteerCommand::Prepare { pool: id, holder, address, adopt });
             }
+            self.steers.preparing.retain(|(pool, _)| *pool != id);
             self.prepare_members(id);
             self.steers.send(SteerCommand::Sweep(id));
         }
@@ -256,9 +257,10 @@ impl EventLoop {
             let holder = Holder::Member(id, position);
             match known {
                 Some((_, io)) => io.holder = holder,
+                // It was asked for before.
+                None if !self.steers.preparing.insert((id, member.address)) => {}
                 None => {
                     let address = Some(member.address);
-                    self.steers.expected.insert(holder, 0);
                     self.steers.send(SteerCommand::Prepare {
                         pool: id,
                         holder,
@@ -343,7 +345,9 @@ impl EventLoop {
             }
             SteerEvent::NotCounted(slot, why) => self.not_counted(slot, why),
             SteerEvent::QueueMoved(slot) => self.steer_again(slot),
-            SteerEvent::NotPrepared { holder, error } => self.not_prepared(holder, &error),
+            SteerEvent::NotPrepared { holder, address, error } => {
+                self.not_prepared(holder, address, &error);
+            }
             SteerEvent::HasClosed(holder) => self.has_closed(holder),
             SteerEvent::Listens(slot, counts) => {
                 self.reset_early(slot.pool);
@@ -393,15 +397,23 @@ impl EventLoop {
         address: SocketAddr,
         listeners: Vec<(String, OwnedFd)>,
     ) {
-        let pid = self.steers.expected.remove(&holder);
-        let wanted = match holder {
+        let (holder, pid) = match holder {
             // It may have ended, or its pool may have been removed meanwhile.
-            Holder::Process(process) => pid.is_some() || self.core.generation_of(process).is_some(),
-            Holder::Member(..) => true,
+            Holder::Process(process) => {
+                let pid = self.steers.expected.remove(&holder);
+                let wanted = pid.is_some() || self.core.generation_of(process).is_some();
+                (wanted.then_some(holder), pid)
+            }
+            // A reload may have removed it, or changed its position.
+            Holder::Member(pool, _) => {
+                self.steers.preparing.remove(&(pool, address));
+                let position = self.member_at(pool, address);
+                (position.map(|position| Holder::Member(pool, position)), Some(0))
+            }
         };
-        if !wanted {
+        let Some(holder) = holder else {
             return self.steers.send(SteerCommand::Free { slot, returns: false });
-        }
+        };
         let io = SlotIo {
             holder,
             address,
@@ -420,7 +432,17 @@ impl EventLoop {
         }
     }
 
-    fn not_prepared(&mut self, holder: Holder, error: &str) {
+    /// The position of the member with this address.
+    fn member_at(&self, pool: PoolId, address: SocketAddr) -> Option<u32> {
+        let steer = self.pools.get(usize::from(pool.0))?.steer.as_ref()?;
+        let position = steer.members.iter().position(|member| member.address == address)?;
+        u32::try_from(position).ok()
+    }
+
+    fn not_prepared(&mut self, holder: Holder, address: Option<SocketAddr>, error: &str) {
+        if let (Holder::Member(pool, _), Some(address)) = (holder, address) {
+            self.steers.preparing.remove(&(pool, address));
+        }
         let expected = self.steers.expected.remove(&holder);
         match holder {
             Holder::Process(process) if expected.is_none() => self.not_started(process, error),

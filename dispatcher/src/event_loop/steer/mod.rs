@@ -153,7 +153,7 @@ pub(super) enum SteerEvent {
     /// The worker is to listen at this address, or inherits these listeners.
     Prepared { holder: Holder, slot: Slot, address: SocketAddr, listeners: Vec<(String, OwnedFd)> },
     /// There is no slot for it.
-    NotPrepared { holder: Holder, error: String },
+    NotPrepared { holder: Holder, address: Option<SocketAddr>, error: String },
     /// A process of an earlier dispatcher has closed its listeners.
     HasClosed(Holder),
     /// A worker listens.
@@ -202,6 +202,8 @@ pub(super) struct Steers {
     workers: HashMap<WorkerId, Slot>,
     /// Workers of before that were asked for, with their process ids.
     expected: HashMap<Holder, i32>,
+    /// Members for which the thread is to find a slot. A reload may change their positions meanwhile.
+    preparing: HashSet<(PoolId, SocketAddr)>,
 }
 
 /// One steered pool.

@@ -11,8 +11,12 @@ use super::{Opened, PoolSpec, pin_name};
 use crate::background::logger::{quoted, value};
 
 impl PoolMaps {
-    /// Whether a process of an earlier dispatcher ends after its last connection.
+    /// Whether a process of an earlier dispatcher ends after its last connection. Members have no
+    /// process here.
     pub(super) fn has_closed(&self, pid: i32, address: SocketAddr) -> bool {
+        if pid == 0 {
+            return false;
+        }
         let publics = &self.spec.publics;
         let is_own = |port| {
             port == address.port() || publics.iter().any(|public| public.address.port() == port)

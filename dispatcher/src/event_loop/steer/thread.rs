@@ -159,7 +159,7 @@ impl SteerThread {
                         SteerEvent::Prepared { holder, slot, address, listeners }
                     }
                     Ok(None) => SteerEvent::HasClosed(holder),
-                    Err(error) => SteerEvent::NotPrepared { holder, error },
+                    Err(error) => SteerEvent::NotPrepared { holder, address, error },
                 };
                 self.outbox.report(event);
             }
