@@ -232,6 +232,20 @@ pub fn wait_loads(dispatcher: &Dispatcher, expected: &[u64]) -> Status {
     })
 }
 
+/// Connects so often in turn, each time when the worker has closed the connection before; then
+/// waits until the workers have had `all` connections together, and none any more.
+pub fn in_turn(dispatcher: &Dispatcher, many: usize, all: u64) -> Status {
+    for _ in 0..many {
+        let mut client = connect();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        client.read_to_end(&mut Vec::new()).unwrap();
+    }
+    dispatcher.wait_status("all to be counted", |status| {
+        let is_idle = active(&status.pools[0]).iter().all(|(_, load)| *load == 0);
+        is_idle && taken(status).iter().sum::<u64>() == all
+    })
+}
+
 /// Connections that each worker has had, by name.
 pub fn taken(status: &Status) -> Vec<u64> {
     let mut all: Vec<_> =

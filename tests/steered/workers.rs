@@ -15,10 +15,7 @@ fn connections_are_shared_exactly() {
     }
     let dispatcher = Dispatcher::start(&keepers(4, ""));
     ready(&dispatcher, 4);
-    for _ in 0..200 {
-        drop(connect());
-    }
-    let status = wait_loads(&dispatcher, &[0; 4]);
+    let status = in_turn(&dispatcher, 200, 200);
     assert_eq!(taken(&status), [50; 4]);
     let held: Vec<TcpStream> = (0..1_000).map(|_| connect()).collect();
     let status = wait_loads(&dispatcher, &[250; 4]);

@@ -187,8 +187,8 @@ impl HashedPool {
         }
     }
 
-    /// A slot, and what its process inherits. `None` if the process to adopt has closed the listeners
-    /// that it inherited.
+    /// A slot, and what its process inherits. `None` if the process to adopt has closed the
+    /// listeners that it inherited.
     fn prepare(&mut self, holder: Holder, adopt: Option<Adopt>) -> Result<Option<Inherits>, Error> {
         let invalid = |text: &str| Error::Invalid(text.to_owned());
         let Holder::Process(process) = holder else {

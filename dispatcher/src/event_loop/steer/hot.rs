@@ -474,7 +474,7 @@ impl EventLoop {
         }
     }
 
-    /// A process of an earlier dispatcher ends after its last connection: nothing is counted for it.
+    /// A process of an earlier dispatcher ends after its last connection: nothing counts for it.
     fn has_closed(&mut self, holder: Holder) {
         self.steers.expected.remove(&holder);
         let Holder::Process(process) = holder else { return };

@@ -202,7 +202,8 @@ pub(super) struct Steers {
     workers: HashMap<WorkerId, Slot>,
     /// Workers of before that were asked for, with their process ids.
     expected: HashMap<Holder, i32>,
-    /// Members for which the thread is to find a slot. A reload may change their positions meanwhile.
+    /// Members for which the thread is to find a slot. A reload may change their positions
+    /// meanwhile.
     preparing: HashSet<(PoolId, SocketAddr)>,
 }
 

@@ -61,8 +61,8 @@ impl PoolMaps {
         Ok(())
     }
 
-    /// Takes over the listeners that a process of an earlier dispatcher has. `None` if it has closed
-    /// them.
+    /// Takes over the listeners that a process of an earlier dispatcher has. `None` if it has
+    /// closed them.
     pub(super) fn take_listeners(&mut self, pid: i32) -> Result<Option<Inherits>, Error> {
         let free = self.free_number()?;
         let process = u32::try_from(pid).unwrap_or(0);
