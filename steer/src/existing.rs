@@ -100,8 +100,8 @@ impl Steering {
     /// # Errors
     ///
     /// [`Error::Invalid`] if the process has no listener at one of the public addresses, or there
-    /// are no such addresses; [`Error::Listener`] if it may not be fetched, or was opened outside of the
-    /// cgroup; otherwise as [`Steering::take_listeners`].
+    /// are no such addresses; [`Error::Listener`] if it may not be fetched, or was opened outside of
+    /// the cgroup; otherwise as [`Steering::take_listeners`].
     pub fn take_listeners_of(
         &mut self,
         process: u32,

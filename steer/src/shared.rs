@@ -145,7 +145,7 @@ impl Steering {
         Ok(duplicate)
     }
 
-    /// Lets a new listener get connections. `before`: the listeners of its worker that were counted.
+    /// Lets a new listener get connections. `before`: the listeners of its worker counted so far.
     fn begin(
         &mut self,
         worker: u32,

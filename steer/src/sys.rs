@@ -146,8 +146,8 @@ impl LiveBounds {
         NonNull::new(at.cast()).map(LiveBounds).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
     }
 
-    /// The next choices look at all workers again. To be called after each change of what the loader
-    /// writes.
+    /// The next choices look at all workers again. To be called after each change of what the
+    /// loader writes.
     pub(crate) fn remove(&self) {
         fence(Ordering::SeqCst);
         for family in 0..BOUNDS {
