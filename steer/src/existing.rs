@@ -90,21 +90,21 @@ impl Steering {
         found.into_iter().map(|socket| self.adopt_listener(worker, &socket, &group)).collect()
     }
 
-    /// Takes over the listeners of shared ports that a process has from an earlier process of this
-    /// program. Returns the number of its worker: after [`Steering::adopt`] the one that it had, or
-    /// else `free`, whose connections of before are not counted. `None` if it has closed them all.
+    /// Takes over the listeners of shared ports that the processes of a worker have from an earlier
+    /// process of this program. Returns the number of its worker: after [`Steering::adopt`] the one that it had, or
+    /// else `free`, whose connections of before are not counted. `None` if they have closed all.
     ///
     /// It needs the right to fetch descriptors, as [`Steering::adopt_listeners`]. `cgroup` is the
     /// one to which the programs are attached.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if the process has no listener at one of the public addresses, or there
+    /// [`Error::Invalid`] if they have no listener at one of the public addresses, or there
     /// are no such addresses; [`Error::Listener`] if it may not be fetched, or was opened outside of
     /// the cgroup; otherwise as [`Steering::take_listeners`].
     pub fn take_listeners_of(
         &mut self,
-        process: u32,
+        processes: &[u32],
         cgroup: &Path,
         free: u32,
     ) -> Result<Option<u32>, Error> {
@@ -118,16 +118,16 @@ impl Steering {
         })?;
         let mut listeners = Vec::new();
         for socket in found {
-            match descriptor_of(process, &socket) {
+            match descriptor_of_any(processes, &socket) {
                 Ok(_) if socket.cgroup.is_some_and(|id| !group.ids.contains(&id)) => {
                     let reason = outside(&group);
                     return Err(Error::Listener { address: socket.local, reason });
                 }
                 Ok(listener) => listeners.push((socket.owner, listener)),
                 Err(Absent::Elsewhere) => {}
-                Err(Absent::Forbidden(_)) => {
+                Err(Absent::Forbidden(pid)) => {
                     let reason = format!(
-                        "CAP_SYS_PTRACE is missing to fetch it from process {process}: {CAPABILITY}"
+                        "CAP_SYS_PTRACE is missing to fetch it from process {pid}: {CAPABILITY}"
                     );
                     return Err(Error::Listener { address: socket.local, reason });
                 }
@@ -145,7 +145,8 @@ impl Steering {
         }
         if listeners.len() < publics.len() {
             let many = (listeners.len(), publics.len());
-            let text = format!("process {process} has {} of {} listeners", many.0, many.1);
+            let first = processes.first().copied().unwrap_or(0);
+            let text = format!("process {first} has {} of {} listeners", many.0, many.1);
             return Err(Error::Invalid(text));
         }
         let owner = listeners.iter().find_map(|(owner, _)| *owner);
@@ -231,7 +232,6 @@ impl Steering {
             return Err(error);
         }
         self.maps.live_counts.add_listener(worker, is_v6);
-        self.maps.live_bounds.remove();
         Ok(())
     }
 
@@ -303,16 +303,20 @@ impl Group {
 
     /// The descriptor of a socket, from any process of the group that has it.
     fn descriptor(&self, socket: &Socket) -> Result<OwnedFd, Absent> {
-        let mut worst = Absent::Elsewhere;
-        for &pid in &self.processes {
-            match descriptor_of(pid, socket) {
-                Ok(descriptor) => return Ok(descriptor),
-                Err(Absent::Elsewhere) => {}
-                Err(absent) => worst = absent,
-            }
-        }
-        Err(worst)
+        descriptor_of_any(&self.processes, socket)
     }
+}
+
+fn descriptor_of_any(processes: &[u32], socket: &Socket) -> Result<OwnedFd, Absent> {
+    let mut worst = Absent::Elsewhere;
+    for &pid in processes {
+        match descriptor_of(pid, socket) {
+            Ok(descriptor) => return Ok(descriptor),
+            Err(Absent::Elsewhere) => {}
+            Err(absent) => worst = absent,
+        }
+    }
+    Err(worst)
 }
 
 fn descriptor_of(pid: u32, socket: &Socket) -> Result<OwnedFd, Absent> {

@@ -55,9 +55,9 @@ impl Maps {
             return Err(absent("`listeners` is no map of sockets".to_owned()));
         };
         let counts = source("counts")?;
-        let live_counts = live_counts(&counts)?;
         let bounds = source("bounds")?;
-        let live_bounds = Arc::new(live_bounds(&bounds)?);
+        let live_bounds = Arc::new(live(&bounds, LiveBounds::map)?);
+        let live_counts = live(&counts, |map| LiveCounts::map(map, Arc::clone(&live_bounds)))?;
         let maps = Maps {
             settings: source("settings")?,
             workers: source("workers")?,
@@ -188,18 +188,13 @@ impl Maps {
     }
 }
 
-fn live_counts(counts: &Map) -> Result<LiveCounts, Error> {
-    let Map::Array(counts) = counts else {
-        return Err(absent("`counts` is no array".to_owned()));
+/// The memory of an array.
+fn live<T>(
+    map: &Map,
+    memory: impl FnOnce(BorrowedFd<'_>) -> std::io::Result<T>,
+) -> Result<T, Error> {
+    let Map::Array(data) = map else {
+        return Err(absent("a map with shared memory is no array".to_owned()));
     };
-    LiveCounts::map(counts.fd().as_fd())
-        .map_err(|error| Error::System { step: "map the counts", error })
-}
-
-fn live_bounds(bounds: &Map) -> Result<LiveBounds, Error> {
-    let Map::Array(bounds) = bounds else {
-        return Err(absent("`bounds` is no array".to_owned()));
-    };
-    LiveBounds::map(bounds.fd().as_fd())
-        .map_err(|error| Error::System { step: "map the bounds", error })
+    memory(data.fd().as_fd()).map_err(|error| Error::System { step: "map an array", error })
 }

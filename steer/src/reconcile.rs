@@ -5,6 +5,8 @@
 //! which are equal on a quiet system. An error is corrected when two comparisons in a row say that
 //! there is one, by the least amount that both allow: what counts right is never made wrong.
 
+use std::collections::HashSet;
+
 use crate::error::Error;
 use crate::layout::WorkerCounts;
 use crate::sockets::{CONNECTED, LISTENING};
@@ -112,7 +114,6 @@ impl Steering {
                 let change = -excess[family].and(earlier[family]).certain();
                 if change != 0 {
                     self.maps.live_counts.change_listeners(worker, family == 1, change);
-                    self.maps.live_bounds.remove();
                     corrected.push(Correction { worker, count, change });
                 } else if excess[family].certain() != 0 {
                     suspicions.push((worker, excess));
@@ -137,7 +138,11 @@ impl Steering {
         let moves = self.moves()?;
         let before = self.maps.live_counts.all();
         let mut found = vec![0i64; before.len()];
+        let mut uncounted = HashSet::new();
         self.read_sockets(CONNECTED, &mut |socket| {
+            if self.is_waiting_uncounted(&socket) {
+                uncounted.insert(socket.cookie);
+            }
             let owner = socket.owner.filter(|owner| owner.is_counted);
             let worker = owner.map(|owner| self.present_worker(socket.cookie, owner.worker));
             if let Some(found) = worker.and_then(|worker| found.get_mut(worker as usize)) {
@@ -145,6 +150,7 @@ impl Steering {
             }
         })?;
         let after = self.maps.live_counts.all();
+        self.keep_uncounted(&uncounted)?;
         if self.moves()? != moves {
             // Counts went from worker to worker meanwhile: the bounds do not hold.
             self.suspicions.live.clear();
@@ -165,7 +171,6 @@ impl Steering {
             let change = -excess.and(*earlier).certain();
             if change != 0 {
                 self.maps.live_counts.change_live(worker, change);
-                self.maps.live_bounds.remove();
                 corrected.push(Correction { worker, count: Count::Live, change });
             } else {
                 suspicions.push((worker, excess));

@@ -4,7 +4,7 @@
 //! A duplicate of each listener stays here. So a listener outlives its worker: the next process of
 //! the worker inherits it with all connections that wait in it, or they are moved to other workers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -14,7 +14,7 @@ use rustix::net::sockopt::socket_cookie;
 use crate::error::Error;
 use crate::layout::{Address, MAX_WORKERS, WorkerSettings};
 use crate::maps::Maps;
-use crate::sockets::CONNECTED;
+use crate::sockets::{CONNECTED, Socket};
 use crate::steering::{
     ANY, Links, Options, Steering, check_port, check_worker, create_maps, program,
 };
@@ -43,6 +43,8 @@ pub(crate) struct Shared {
     groups: BTreeMap<u32, Group>,
     /// By worker and group.
     listeners: BTreeMap<(u32, u32), Listener>,
+    /// By cookie: connections that waited before anything was counted.
+    not_counted: HashSet<u64>,
 }
 
 impl Steering {
@@ -79,6 +81,7 @@ impl Steering {
         // Those of a process that was killed.
         shared.maps.direct_none()?;
         shared.maps.forget_closed()?;
+        shared.not_counted = shared.maps.not_counted()?;
         let refused = |error| Error::refused("read the public addresses", error);
         for entry in maps.publics().map_err(refused)?.iter() {
             let (address, number) = entry.map_err(refused)?;
@@ -195,7 +198,7 @@ impl Steering {
             let text = format!("worker {worker} has other listeners or connections: give all");
             return Err(Error::Invalid(text));
         }
-        self.held_back(worker, |steering| {
+        let taken = self.held_back(worker, |steering| {
             for (group, listener, registered) in &found {
                 let shared = steering.sharing()?;
                 if !shared.is_active(*group) {
@@ -205,17 +208,24 @@ impl Steering {
                 if listener.is_open && !registered {
                     shared.maps.register(*group, worker, &listener.fd)?;
                     steering.maps.live_counts.add_listener(worker, listener.is_v6);
-                    steering.maps.live_bounds.remove();
                 }
                 steering.own(&listener.fd, worker)?;
             }
             // What comes from now on is counted.
             let mut queues = found.iter().map(|(_, listener, _)| listener.queue_len());
             if new > 0 && queues.any(|queued| !matches!(queued, Ok(0))) {
-                steering.note_what_waits()?;
+                steering.note_what_waits();
             }
             found.iter().try_for_each(|(group, ..)| steering.activate(*group))
-        })?;
+        });
+        if let Err(error) = taken {
+            for (_, listener, registered) in &found {
+                if !registered {
+                    self.sharing()?.maps.forget(cookie_of(&listener.fd)?)?;
+                }
+            }
+            return Err(error);
+        }
         let shared = self.sharing()?;
         let found = found.into_iter().map(|(group, listener, _)| ((worker, group), listener));
         shared.listeners.extend(found);
@@ -336,21 +346,42 @@ impl Steering {
     }
 
     /// Connections that came to a listener before it had an owner, and are not accepted yet, do not
-    /// count: neither where they wait, nor where they are moved.
-    fn note_what_waits(&mut self) -> Result<(), Error> {
-        let ports: Vec<u16> =
-            self.sharing()?.groups.values().map(|group| group.address.port()).collect();
+    /// count: neither where they wait, nor where they are moved. Without a list, or room for all, a
+    /// comparison with the kernel's list corrects the counts.
+    fn note_what_waits(&mut self) {
+        let Some(shared) = &self.shared else { return };
+        let ports: Vec<u16> = shared.groups.values().map(|group| group.address.port()).collect();
         let mut waiting = Vec::new();
-        self.read_sockets(CONNECTED, &mut |socket| {
+        let read = self.read_sockets(CONNECTED, &mut |socket| {
             let waits = socket.inode == 0 && ports.contains(&socket.local.port());
             // A handshake under way has no cgroup: its connection will have an owner.
             if waits && socket.owner.is_none() && socket.cgroup.is_some() {
                 waiting.push(socket.cookie);
             }
-        })?;
-        let maps = &mut self.sharing()?.maps;
-        // Without room for all, a comparison with the kernel's list corrects the counts.
-        let _ = waiting.into_iter().try_for_each(|cookie| maps.is_not_counted(cookie));
+        });
+        let Some(shared) = self.shared.as_mut().filter(|_| read.is_ok()) else { return };
+        for cookie in waiting {
+            if shared.maps.is_not_counted(cookie).is_err() {
+                return;
+            }
+            shared.not_counted.insert(cookie);
+        }
+    }
+
+    /// Whether a connection waits that does not count.
+    pub(crate) fn is_waiting_uncounted(&self, socket: &Socket) -> bool {
+        let shared = self.shared.as_ref();
+        socket.inode == 0 && shared.is_some_and(|it| it.not_counted.contains(&socket.cookie))
+    }
+
+    /// Of the connections that do not count, only these wait still.
+    pub(crate) fn keep_uncounted(&mut self, waiting: &HashSet<u64>) -> Result<(), Error> {
+        let Some(shared) = &mut self.shared else { return Ok(()) };
+        let over: Vec<u64> = shared.not_counted.difference(waiting).copied().collect();
+        for cookie in over {
+            shared.maps.forget_not_counted(cookie)?;
+            shared.not_counted.remove(&cookie);
+        }
         Ok(())
     }
 
@@ -404,7 +435,8 @@ impl Steering {
 
 impl Shared {
     fn new(maps: SharedMaps, chooser: Chooser, guard: Option<OwnedFd>) -> Shared {
-        Shared { maps, chooser, guard, groups: BTreeMap::new(), listeners: BTreeMap::new() }
+        let (groups, listeners) = (BTreeMap::new(), BTreeMap::new());
+        Shared { maps, chooser, guard, groups, listeners, not_counted: HashSet::new() }
     }
 
     /// The number of the group at this address: one that exists, or a new one.

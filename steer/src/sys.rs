@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering, fence};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
@@ -122,28 +123,55 @@ pub(crate) fn clear_owner(owners: BorrowedFd<'_>, socket: BorrowedFd<'_>) -> io:
     element(BPF_MAP_DELETE_ELEM, owners, socket.as_raw_fd() as u32, None)
 }
 
-/// The memory of the map `bounds`.
+/// The memory of an array map that allows it. The programs change it at any time.
 #[derive(Debug)]
-pub(crate) struct LiveBounds(NonNull<u64>);
+struct Memory<T> {
+    at: NonNull<T>,
+    entries: usize,
+}
 
 // SAFETY: the memory belongs to the value, is not tied to a thread, and every change is atomic.
-unsafe impl Send for LiveBounds {}
+unsafe impl<T> Send for Memory<T> {}
 // SAFETY: as above.
-unsafe impl Sync for LiveBounds {}
+unsafe impl<T> Sync for Memory<T> {}
+
+impl<T> Memory<T> {
+    /// Maps so many entries, which the map has.
+    fn map(map: BorrowedFd<'_>, entries: usize) -> io::Result<Memory<T>> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let size = entries * size_of::<T>();
+        // SAFETY: a new mapping at an address that the kernel chooses.
+        let at = unsafe { mmap(std::ptr::null_mut(), size, protection, MapFlags::SHARED, map, 0) }?;
+        let at = NonNull::new(at.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Memory { at, entries })
+    }
+
+    fn at(&self, entry: usize) -> *mut T {
+        assert!(entry < self.entries, "a number that was checked");
+        // SAFETY: within the mapping.
+        unsafe { self.at.as_ptr().add(entry) }
+    }
+}
+
+impl<T> Drop for Memory<T> {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made with this size, and nothing refers to it any more. A failure
+        // leaves it mapped.
+        let _ = unsafe { munmap(self.at.as_ptr().cast(), self.entries * size_of::<T>()) };
+    }
+}
+
+/// The memory of the map `bounds`.
+#[derive(Debug)]
+pub(crate) struct LiveBounds(Memory<u64>);
 
 /// One for each family.
 const BOUNDS: usize = 2;
-const BOUNDS_SIZE: usize = BOUNDS * size_of::<u64>();
 
 impl LiveBounds {
     /// Maps an array of two words that allows it.
     pub(crate) fn map(map: BorrowedFd<'_>) -> io::Result<LiveBounds> {
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses.
-        let at = unsafe {
-            mmap(std::ptr::null_mut(), BOUNDS_SIZE, protection, MapFlags::SHARED, map, 0)
-        }?;
-        NonNull::new(at.cast()).map(LiveBounds).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+        Memory::map(map, BOUNDS).map(LiveBounds)
     }
 
     /// The next choices look at all workers again. To be called after each change of what the
@@ -152,7 +180,7 @@ impl LiveBounds {
         fence(Ordering::SeqCst);
         for family in 0..BOUNDS {
             // SAFETY: aligned and within the mapping; others change the words only atomically.
-            let word = unsafe { AtomicU64::from_ptr(self.0.as_ptr().add(family)) };
+            let word = unsafe { AtomicU64::from_ptr(self.0.at(family)) };
             // A scan sets it before it reads anything.
             if word.load(Ordering::SeqCst) == 0 {
                 continue;
@@ -163,35 +191,19 @@ impl LiveBounds {
     }
 }
 
-impl Drop for LiveBounds {
-    fn drop(&mut self) {
-        // SAFETY: the mapping was made with this size, and nothing refers to it any more. A failure
-        // leaves it mapped.
-        let _ = unsafe { munmap(self.0.as_ptr().cast(), BOUNDS_SIZE) };
-    }
-}
-
-/// The memory of the map `counts`. The programs change it at any time, so it is only read as a whole
-/// and changed by atomic additions.
+/// The memory of the map `counts`. It is only read as a whole and changed by atomic additions, each
+/// of which removes the bounds.
 #[derive(Debug)]
-pub(crate) struct LiveCounts(NonNull<WorkerCounts>);
-
-// SAFETY: the memory belongs to the value, is not tied to a thread, and every change is atomic.
-unsafe impl Send for LiveCounts {}
-// SAFETY: as above.
-unsafe impl Sync for LiveCounts {}
-
-const COUNTS_SIZE: usize = MAX_WORKERS as usize * size_of::<WorkerCounts>();
+pub(crate) struct LiveCounts {
+    memory: Memory<WorkerCounts>,
+    bounds: Arc<LiveBounds>,
+}
 
 impl LiveCounts {
     /// Maps an array of [`MAX_WORKERS`] entries that allows it.
-    pub(crate) fn map(map: BorrowedFd<'_>) -> io::Result<LiveCounts> {
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses.
-        let at = unsafe {
-            mmap(std::ptr::null_mut(), COUNTS_SIZE, protection, MapFlags::SHARED, map, 0)
-        }?;
-        NonNull::new(at.cast()).map(LiveCounts).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+    pub(crate) fn map(map: BorrowedFd<'_>, bounds: Arc<LiveBounds>) -> io::Result<LiveCounts> {
+        let memory = Memory::map(map, MAX_WORKERS as usize)?;
+        Ok(LiveCounts { memory, bounds })
     }
 
     /// All counts. Those of one worker may be from different moments.
@@ -209,6 +221,7 @@ impl LiveCounts {
         // SAFETY: the field is aligned and within the mapping; others change it only atomically.
         let live = unsafe { AtomicI64::from_ptr(&raw mut (*self.at(worker)).live) };
         live.fetch_add(change, Ordering::Relaxed);
+        self.bounds.remove();
     }
 
     /// Adds to the number of listeners. Both counters are one word, as in the program.
@@ -218,6 +231,7 @@ impl LiveCounts {
         let both =
             unsafe { AtomicI64::from_ptr((&raw mut (*self.at(worker)).listeners).cast::<i64>()) };
         both.fetch_add(if is_v6 { change << 32 } else { change }, Ordering::Relaxed);
+        self.bounds.remove();
     }
 
     /// Counts a new listener, as the program does.
@@ -234,17 +248,7 @@ impl LiveCounts {
     }
 
     fn at(&self, worker: u32) -> *mut WorkerCounts {
-        assert!(worker < MAX_WORKERS, "a number that was checked");
-        // SAFETY: within the mapping.
-        unsafe { self.0.as_ptr().add(worker as usize) }
-    }
-}
-
-impl Drop for LiveCounts {
-    fn drop(&mut self) {
-        // SAFETY: the mapping was made with this size, and nothing refers to it any more. A failure
-        // leaves it mapped.
-        let _ = unsafe { munmap(self.0.as_ptr().cast(), COUNTS_SIZE) };
+        self.memory.at(worker as usize)
     }
 }
 

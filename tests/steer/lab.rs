@@ -153,6 +153,15 @@ impl Lab {
         Some(lab)
     }
 
+    /// Pins the programs; the directory of the pins, in the first one.
+    pub fn pin(&mut self) -> (TempDir, PathBuf) {
+        let mounted = tempfile::tempdir().unwrap();
+        own_bpffs(mounted.path());
+        let pins = mounted.path().join("pool");
+        self.steering = Some(self.steering.take().unwrap().pin(&pins).unwrap());
+        (mounted, pins)
+    }
+
     pub fn steering(&mut self) -> &mut Steering {
         self.steering.as_mut().unwrap()
     }

@@ -124,10 +124,7 @@ fn values_out_of_range_are_refused_and_named() {
 #[test]
 fn the_kernel_goes_on_choosing_and_the_next_process_adopts() {
     let Some(mut lab) = Lab::keepers(2) else { return };
-    let mounted = tempfile::tempdir().unwrap();
-    own_bpffs(mounted.path());
-    let pins = mounted.path().join("pool");
-    lab.steering = Some(lab.steering.take().unwrap().pin(&pins).unwrap());
+    let (_mounted, pins) = lab.pin();
     let again = Steering::load(&Options { cgroup: lab.cgroup().into(), wait: Duration::ZERO })
         .and_then(|other| other.pin(&pins));
     let text = again.unwrap_err().to_string();
@@ -163,10 +160,8 @@ fn the_kernel_goes_on_choosing_and_the_next_process_adopts() {
 #[test]
 fn pins_of_another_version_are_refused_whatever_they_are() {
     let Some(mut lab) = Lab::new() else { return };
-    let mounted = tempfile::tempdir().unwrap();
-    own_bpffs(mounted.path());
-    let pins = mounted.path().join("pool");
-    drop(lab.steering.take().unwrap().pin(&pins).unwrap());
+    let (_mounted, pins) = lab.pin();
+    lab.steering = None;
     let pinned = |name| Map::from_map_data(MapData::from_pin(pins.join(name)).unwrap()).unwrap();
     let mut settings: Array<_, [u8; 40]> = pinned("settings").try_into().unwrap();
     let mut entry = settings.get(&0, 0).unwrap();

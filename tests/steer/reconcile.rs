@@ -22,10 +22,7 @@ fn spoil(pins: &Path, worker: u32, change: impl FnOnce(&mut WorkerCounts)) {
 #[test]
 fn wrong_counts_are_corrected_when_they_are_seen_twice() {
     let Some(mut lab) = Lab::keepers(3) else { return };
-    let mounted = tempfile::tempdir().unwrap();
-    own_bpffs(mounted.path());
-    let pins = mounted.path().join("pool");
-    lab.steering = Some(lab.steering.take().unwrap().pin(&pins).unwrap());
+    let (_mounted, pins) = lab.pin();
     let held: Vec<TcpStream> = (0..30).map(|_| connect(V4)).collect();
     lab.settled();
     spoil(&pins, 0, |counts| counts.live += 5);
@@ -57,10 +54,7 @@ fn wrong_counts_are_corrected_when_they_are_seen_twice() {
 #[test]
 fn what_comes_and_goes_meanwhile_is_not_corrected_and_hides_no_error_for_long() {
     let Some(mut lab) = Lab::keepers(2) else { return };
-    let mounted = tempfile::tempdir().unwrap();
-    own_bpffs(mounted.path());
-    let pins = mounted.path().join("pool");
-    lab.steering = Some(lab.steering.take().unwrap().pin(&pins).unwrap());
+    let (_mounted, pins) = lab.pin();
     let done = AtomicBool::new(false);
     // Connections of both kinds, and listeners, while the lists are read.
     std::thread::scope(|scope| {

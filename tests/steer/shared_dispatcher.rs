@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use aya::maps::{HashMap, Map, MapData};
 use dispatch_steer::{Error, Options, Steering, WorkerSettings};
 use nix::sys::signal::Signal;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -58,6 +59,18 @@ fn without_a_dispatcher_the_kernel_spreads_alone() {
     }
 }
 
+/// The next dispatcher takes over the listeners of so many workers, without pins.
+fn take_over(lab: &mut Lab, workers: u32) {
+    let cgroup = lab.home.as_ref().unwrap().path();
+    let wait = Duration::ZERO;
+    lab.steering = Some(Steering::load_shared(&Options { cgroup, wait }).unwrap());
+    for worker in 0..workers {
+        lab.steering().set_worker(worker, WorkerSettings::new(1)).unwrap();
+        let listener = listener_of(lab, worker);
+        lab.steering().take_listeners(worker, vec![listener]).unwrap();
+    }
+}
+
 #[test]
 fn the_next_dispatcher_takes_over_the_listeners() {
     let Some(mut lab) = Lab::sharing(3) else { return };
@@ -68,14 +81,7 @@ fn the_next_dispatcher_takes_over_the_listeners() {
     lab.signal(2, Signal::SIGSTOP);
     let mut waiting: Vec<TcpStream> = (0..30).map(|_| dial(V4)).collect();
 
-    let cgroup = lab.home.as_ref().unwrap().path();
-    let wait = Duration::ZERO;
-    lab.steering = Some(Steering::load_shared(&Options { cgroup, wait }).unwrap());
-    for worker in 0..3 {
-        lab.steering().set_worker(worker, WorkerSettings::new(1)).unwrap();
-        let listener = listener_of(&lab, worker);
-        lab.steering().take_listeners(worker, vec![listener]).unwrap();
-    }
+    take_over(&mut lab, 3);
     let mut held: Vec<TcpStream> = (0..30).map(|_| dial(V4)).collect();
     eventually("new ones to be even", vec![10; 3], || lab.live());
     let queued = lab.steering().queue_len(2).unwrap();
@@ -115,14 +121,7 @@ fn handshakes_of_a_takeover_count_once() {
     }
     let mut under_way: Vec<TcpStream> = (0..10).map(|_| dial(V4)).collect();
 
-    let cgroup = lab.home.as_ref().unwrap().path();
-    let wait = Duration::ZERO;
-    lab.steering = Some(Steering::load_shared(&Options { cgroup, wait }).unwrap());
-    for worker in 0..2 {
-        lab.steering().set_worker(worker, WorkerSettings::new(1)).unwrap();
-        let listener = listener_of(&lab, worker);
-        lab.steering().take_listeners(worker, vec![listener]).unwrap();
-    }
+    take_over(&mut lab, 2);
     assert_eq!(lab.live(), [0, 0]);
     under_way.iter_mut().for_each(|client| client.write_all(b"x").unwrap());
     eventually("them to count", 10, || lab.live().iter().sum::<i64>());
@@ -143,6 +142,10 @@ fn handshakes_of_a_takeover_count_once() {
     lab.signal(0, Signal::SIGCONT);
     lab.empty();
     assert_eq!(lab.steering().moves().unwrap().open, 0);
+    // Nothing of them is remembered, also by the next process.
+    let (_mounted, pins) = lab.pin();
+    let map = Map::from_map_data(MapData::from_pin(pins.join("moved")).unwrap()).unwrap();
+    assert_eq!(HashMap::<_, u64, u32>::try_from(&map).unwrap().keys().count(), 0);
 }
 
 #[test]
@@ -178,10 +181,7 @@ fn a_takeover_of_the_wrong_sockets_is_refused() {
 #[test]
 fn the_kernel_goes_on_choosing_and_the_next_process_adopts() {
     let Some(mut lab) = Lab::sharing(2) else { return };
-    let mounted = tempfile::tempdir().unwrap();
-    own_bpffs(mounted.path());
-    let pins = mounted.path().join("pool");
-    lab.steering = Some(lab.steering.take().unwrap().pin(&pins).unwrap());
+    let (_mounted, pins) = lab.pin();
     let mut held: Vec<TcpStream> = (0..10).map(|_| connect(V4)).collect();
     lab.steering = None;
     held.extend((0..10).map(|_| connect(V4)));

@@ -76,10 +76,7 @@ fn a_queue_is_moved_while_its_process_keeps_its_listener() {
 #[test]
 fn probes_of_a_dispatcher_that_was_killed_are_forgotten() {
     let Some(mut lab) = Lab::sharing(2) else { return };
-    let mounted = tempfile::tempdir().unwrap();
-    own_bpffs(mounted.path());
-    let pins = mounted.path().join("pool");
-    lab.steering = Some(lab.steering.take().unwrap().pin(&pins).unwrap());
+    let (_mounted, pins) = lab.pin();
     let entries = || {
         let map = Map::from_map_data(MapData::from_pin(pins.join("directed")).unwrap()).unwrap();
         HashMap::<_, [u8; 20], u32>::try_from(&map).unwrap().keys().count()

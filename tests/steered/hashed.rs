@@ -257,11 +257,7 @@ fn processes_outlive_their_dispatcher() {
     assert!(pids.contains(&stays) && !pids.contains(&leaves), "{pids:?}: not {leaves}");
     assert!(dispatcher.log().contains("event=process_leaves pool=web worker=web/web-1"));
     assert!((0..20).all(|_| pids.contains(&answer(&mut dial()))));
-    for client in &mut held {
-        client.set_nonblocking(true).unwrap();
-        let nothing = std::io::Read::read(client, &mut [0]).expect_err("it is open");
-        assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
-    }
+    held.iter_mut().for_each(assert_open);
     assert!(dispatcher.stop().success());
     wait_until("all to end", || pids.iter().chain([&leaves]).all(|&pid| !is_alive(pid)));
 }

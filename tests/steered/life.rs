@@ -1,6 +1,5 @@
 //! The dispatcher ends, is killed, restarts: the kernel goes on choosing where that was asked for.
 
-use std::io::Read;
 use std::net::TcpStream;
 
 use nix::sys::signal::Signal;
@@ -131,14 +130,38 @@ pub fn closes_without_dispatcher(pool: &str) {
         assert!(log.contains("event=process_leaves") && !log.contains("worker_not_steered"));
         assert!((0..20).all(|_| answer(&mut dial()) != leaves));
     }
-    for client in &mut clients {
-        client.set_nonblocking(true).unwrap();
-        let nothing = client.read(&mut [0]).expect_err("it is open");
-        assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
-    }
+    clients.iter_mut().for_each(assert_open);
     signal(leaves, Signal::SIGTERM);
     wait_until("it to end", || !is_alive(leaves));
     dispatcher.wait_status("its end to be known", |status| {
         status.pools[0].processes.as_ref().is_some_and(|it| (it.active, it.leaving) == (2, 0))
     });
+}
+
+/// Its listener may be at all addresses: it serves on.
+#[test]
+fn a_server_at_all_addresses_is_adopted() {
+    if !enter() {
+        return;
+    }
+    // Its first argument is its own address.
+    let program = KEEPER.replace("sys.argv[1], int", "'0.0.0.0', int");
+    let pool = keepers(2, "").replace(&quoted(KEEPER), &quoted(&program));
+    stays_without_dispatcher(&pool);
+}
+
+/// The two processes of `pool` are those of the next dispatcher.
+pub fn stays_without_dispatcher(pool: &str) {
+    let (_pins, folder) = outliving(pool);
+    let mut dispatcher = Dispatcher::start_in(folder.path());
+    let processes = processes_of(&ready(&dispatcher, 2));
+    let mut clients: Vec<TcpStream> = (0..20).map(|_| dial()).collect();
+    clients.iter_mut().for_each(|client| assert!(answer(client) > 0));
+    dispatcher.process.kill();
+    let dispatcher = Dispatcher::start_in(folder.path());
+    wait_loads(&dispatcher, &[10; 2]);
+    let pool = dispatcher.status().pools.remove(0);
+    assert!(processes_of(&pool).iter().all(|pid| processes.contains(pid)));
+    assert!(!dispatcher.log().contains("event=process_leaves"), "{}", dispatcher.log());
+    clients.iter_mut().for_each(assert_open);
 }

@@ -5,7 +5,8 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -74,28 +75,30 @@ pub fn outliving(pool: &str) -> (Bpffs, TempDir) {
     (pins, folder)
 }
 
-/// Clients that come without a pause, four at a time. Each must be served.
+/// Clients that come one after the other, four at a time. Each must be served.
 pub struct Load {
-    over: Arc<AtomicBool>,
+    /// The clients end when it is dropped.
+    goes_on: Vec<Sender<()>>,
     served: Arc<AtomicU64>,
     clients: Vec<JoinHandle<()>>,
 }
 
 impl Load {
     pub fn begin() -> Load {
-        let (over, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let served = Arc::new(AtomicU64::new(0));
         let client = |_| {
-            let (over, served) = (Arc::clone(&over), Arc::clone(&served));
-            std::thread::spawn(move || {
-                while !over.load(Ordering::Relaxed) {
+            let served = Arc::clone(&served);
+            let (goes_on, over) = channel::<()>();
+            let client = std::thread::spawn(move || {
+                while over.recv_timeout(PACE) == Err(RecvTimeoutError::Timeout) {
                     drop(connect());
                     served.fetch_add(1, Ordering::Relaxed);
-                    std::thread::sleep(PACE);
                 }
-            })
+            });
+            (goes_on, client)
         };
-        let clients = (0..4).map(client).collect();
-        Load { over, served, clients }
+        let (goes_on, clients) = (0..4).map(client).unzip();
+        Load { goes_on, served, clients }
     }
 
     /// Ends it when 100 more clients were served.
@@ -105,7 +108,7 @@ impl Load {
             let ended = self.clients.iter().any(JoinHandle::is_finished);
             ended || self.served.load(Ordering::Relaxed) > enough
         });
-        self.over.store(true, Ordering::Relaxed);
+        drop(self.goes_on);
         let clients = self.clients.into_iter();
         clients.for_each(|client| client.join().expect("each client was served"));
     }
@@ -120,10 +123,15 @@ pub fn spawn(processes: u32, command: &[&str]) -> String {
     let words = command.iter().copied().chain(["{addr}", "{port}"]);
     let escaped = |word: &str| match word {
         "{addr}" | "{port}" => format!("{word:?}"),
-        word => format!("{:?}", word.replace('{', "{{").replace('}', "}}")),
+        word => quoted(word),
     };
     let command: Vec<String> = words.map(escaped).collect();
     format!("[pool.web.spawn]\nprocesses = {processes}\ncommand = [{}]\n", command.join(", "))
+}
+
+/// A program as it stands in a configuration.
+pub fn quoted(program: &str) -> String {
+    format!("{:?}", program.replace('{', "{{").replace('}', "}}"))
 }
 
 /// Moves the calling thread, and what it starts, to a network namespace of its own. False, after a
@@ -244,6 +252,14 @@ pub fn in_turn(dispatcher: &Dispatcher, many: usize, all: u64) -> Status {
         let is_idle = active(&status.pools[0]).iter().all(|(_, load)| *load == 0);
         is_idle && taken(status).iter().sum::<u64>() == all
     })
+}
+
+/// The connection is open, and nothing has come since.
+#[track_caller]
+pub fn assert_open(client: &mut TcpStream) {
+    client.set_nonblocking(true).unwrap();
+    let nothing = client.read(&mut [0]).expect_err("it is open");
+    assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
 }
 
 /// Connections that each worker has had, by name.

@@ -357,6 +357,18 @@ fn a_process_that_closed_its_listener_meanwhile_keeps_its_connections_and_is_rep
     life::closes_without_dispatcher(&heirs(2, ""));
 }
 
+/// Its children have the listeners: they serve on.
+#[test]
+fn a_process_whose_children_have_the_listeners_is_adopted() {
+    if !enter() {
+        return;
+    }
+    let forks = "import os\nif os.fork():\n    os.closerange(3, 100)\n    os.wait()\n    os._exit(0)\n\
+                 os.environ['LISTEN_PID'] = str(os.getpid())\n";
+    let program = format!("{forks}{KEEPER}");
+    life::stays_without_dispatcher(&heirs_with(2, "", (&program, &[])));
+}
+
 /// Without pins the kernel's hash takes over, and the next dispatcher takes over the listeners.
 #[test]
 fn without_pins_the_hash_of_the_kernel_goes_on() {

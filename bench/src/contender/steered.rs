@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use super::{PATIENCE, Ports, Running, Setup, ours, ourselves};
 use serde_json::Value;
 
-use crate::cgroup::Cgroup;
 use crate::load::{Process, Role};
 use crate::socket;
 use crate::worker::Kind;
@@ -54,11 +53,7 @@ pub(super) fn dispatcher(
     );
     let file = running.path("dispatcher.toml");
     std::fs::write(&file, config)?;
-    let cgroup = match running.cgroup.take() {
-        Some(cgroup) => cgroup,
-        None => Cgroup::new()?,
-    };
-    let cgroup = running.cgroup.insert(cgroup);
+    let cgroup = running.cgroup.as_ref().ok_or_else(|| io::Error::other("it has no cgroup"))?;
     let mut front = ourselves()?;
     front.arg("exec").arg("--cgroup").arg(cgroup.path()).arg(binary);
     front.arg("run").arg("--config").arg(&file).env("DISPATCHER_LOG", "error");

@@ -1,6 +1,7 @@
 //! The maps and the program of shared ports. `bpf/shared.h` has their entries; a test compares
 //! sizes and offsets.
 
+use std::collections::HashSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -185,6 +186,21 @@ impl SharedMaps {
                 map.insert(cookie, NOT_COUNTED, ANY)
             })
             .map_err(|error| Error::refused("note a connection that does not count", error))
+    }
+
+    /// The connections that do not count, by cookie.
+    pub fn not_counted(&self) -> Result<HashSet<u64>, Error> {
+        let refused = |error| Error::refused("read the connections that do not count", error);
+        let map = HashMap::<&MapData, u64, u32>::try_from(&self.moved).map_err(refused)?;
+        let all: Vec<(u64, u32)> = map.iter().collect::<Result<_, _>>().map_err(refused)?;
+        Ok(all.into_iter().filter(|it| it.1 == NOT_COUNTED).map(|it| it.0).collect())
+    }
+
+    /// Forgets a connection that does not count.
+    pub fn forget_not_counted(&mut self, cookie: u64) -> Result<(), Error> {
+        let map = HashMap::<&mut MapData, u64, u32>::try_from(&mut self.moved);
+        absent_is_fine(map.and_then(|mut map| map.remove(&cookie)))
+            .map_err(|error| Error::refused("forget a connection that does not count", error))
     }
 
     /// Has the program give the connection from this end to a worker, whatever the policy.

@@ -15,11 +15,11 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use dispatch_steer::{Error, MAX_WORKERS, PlainListener, listening};
+use dispatch_steer::{Error, MAX_WORKERS, PlainListener};
 use dispatcher_core::{PoolId, SteerCounts};
 
 use super::open::open;
-use super::sample::{Sample, sockets_of};
+use super::sample::{Sample, listens, sockets_of};
 use super::shared::{BACKLOG, Inherits};
 use super::thread::SteerThread;
 use super::{Adopt, Holder, Opened, PoolSpec, Slot, SteerCommand, SteerEvent};
@@ -113,7 +113,7 @@ impl SteerThread {
         let Some(pool) = self.hashed.pools.get_mut(&id) else { return Some(command) };
         match command {
             SteerCommand::Change(spec) => pool.change(*spec),
-            SteerCommand::Prepare { holder, address: wanted, adopt, .. } => match pool
+            SteerCommand::Prepare { holder, address, adopt, .. } => match pool
                 .prepare(holder, adopt)
             {
                 Ok(None) => self.outbox.report(SteerEvent::HasClosed(holder)),
@@ -126,7 +126,6 @@ impl SteerThread {
                 }
                 Err(error) => {
                     let error = error.to_string();
-                    let address = wanted;
                     self.outbox.report(SteerEvent::NotPrepared { holder, address, error });
                 }
             },
@@ -221,12 +220,8 @@ impl HashedPool {
 
     /// Whether a process has a listener of the pool. What may not be looked at is taken for one.
     fn may_listen(&self, pid: i32) -> bool {
-        let (Ok(sockets), Ok(listening)) = (sockets_of(pid), listening::list()) else {
-            return true;
-        };
         let is_public = |address| self.spec.publics.iter().any(|it| it.address == address);
-        let mut own = listening.iter().filter(|it| sockets.contains(&it.inode));
-        own.any(|it| is_public(it.address))
+        sockets_of(pid).and_then(|sockets| listens(&sockets, is_public)).unwrap_or(true)
     }
 
     /// Duplicates of the listeners of a place: those that it has, those that wait for any process,

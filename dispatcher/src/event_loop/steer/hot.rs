@@ -114,7 +114,6 @@ impl EventLoop {
                 let adopt = Some(Adopt { pid });
                 self.steers.send(SteerCommand::Prepare { pool: id, holder, address, adopt });
             }
-            self.steers.preparing.retain(|(pool, _)| *pool != id);
             self.prepare_members(id);
             self.steers.send(SteerCommand::Sweep(id));
         }
@@ -255,19 +254,14 @@ impl EventLoop {
                 |slot: &Slot, io: &SlotIo| slot.pool == id && io.address == member.address;
             let known = self.steers.slots.iter_mut().find(|(slot, io)| of_member(slot, io));
             let holder = Holder::Member(id, position);
-            match known {
-                Some((_, io)) => io.holder = holder,
-                // It was asked for before.
-                None if !self.steers.preparing.insert((id, member.address)) => {}
-                None => {
-                    let address = Some(member.address);
-                    self.steers.send(SteerCommand::Prepare {
-                        pool: id,
-                        holder,
-                        address,
-                        adopt: Some(Adopt { pid: 0 }),
-                    });
-                }
+            if let Some((_, io)) = known {
+                io.holder = holder;
+                continue;
+            }
+            let is_new = self.steers.preparing.insert((id, member.address));
+            if is_new {
+                let (address, adopt) = (Some(member.address), Some(Adopt { pid: 0 }));
+                self.steers.send(SteerCommand::Prepare { pool: id, holder, address, adopt });
             }
         }
     }
@@ -432,9 +426,12 @@ impl EventLoop {
         }
     }
 
-    /// The position of the member with this address.
+    /// The position of the member with this address, unless its pool was removed.
     fn member_at(&self, pool: PoolId, address: SocketAddr) -> Option<u32> {
         let steer = self.pools.get(usize::from(pool.0))?.steer.as_ref()?;
+        if self.core.is_pool_retired(pool) {
+            return None;
+        }
         let position = steer.members.iter().position(|member| member.address == address)?;
         u32::try_from(position).ok()
     }

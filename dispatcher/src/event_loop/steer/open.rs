@@ -1,29 +1,12 @@
 //! Attaches the programs of a pool, pins them, or adopts those of an earlier dispatcher.
 
-use std::net::SocketAddr;
 use std::path::Path;
 
 use dispatch_steer::{Options, Steering};
 
-use super::sample::has_closed;
 use super::thread::PoolMaps;
 use super::{Opened, PoolSpec, pin_name};
 use crate::background::logger::{quoted, value};
-
-impl PoolMaps {
-    /// Whether a process of an earlier dispatcher ends after its last connection. Members have no
-    /// process here.
-    pub(super) fn has_closed(&self, pid: i32, address: SocketAddr) -> bool {
-        if pid == 0 {
-            return false;
-        }
-        let publics = &self.spec.publics;
-        let is_own = |port| {
-            port == address.port() || publics.iter().any(|public| public.address.port() == port)
-        };
-        has_closed(pid, address, is_own)
-    }
-}
 
 /// Attaches the programs, or adopts those of an earlier dispatcher.
 pub(super) fn open(spec: PoolSpec) -> Result<(PoolMaps, Opened), String> {

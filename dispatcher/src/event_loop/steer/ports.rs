@@ -1,8 +1,18 @@
-//! Free ports for workers.
+//! Ports of workers: free ones, and which listeners are those of a worker.
 
 use std::net::{IpAddr, SocketAddr};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+/// Whether listeners at the loopback and at all addresses are those of the worker, too.
+pub(super) fn is_own(ip: IpAddr) -> bool {
+    ip.is_loopback() || ip.is_unspecified()
+}
+
+/// Whether a listener at `ip` is one of the worker at `own`, if the port is the same.
+pub(super) fn is_at(ip: IpAddr, own: IpAddr) -> bool {
+    ip == own || (is_own(ip) && is_own(own))
+}
 
 /// Ports that are tried: those below the range from which the kernel takes the ports of outgoing
 /// connections (32,768 on), so that none of these takes a worker's port before it listens.

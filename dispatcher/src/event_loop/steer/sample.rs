@@ -7,6 +7,8 @@ use std::net::SocketAddr;
 
 use dispatch_steer::listening::{self, Connected};
 
+use super::ports::is_at;
+
 /// Most processes of one worker that are looked at: it and its descendants.
 const MOST: usize = 1024;
 
@@ -39,13 +41,28 @@ impl Sample {
     }
 }
 
+/// A process and its descendants, which may have ended.
+pub(super) fn tree_of(pid: i32) -> Vec<i32> {
+    let (mut found, mut seen) = (vec![pid], HashSet::from([pid]));
+    let mut at = 0;
+    while let Some(&pid) = found.get(at) {
+        at += 1;
+        for child in children_of(pid) {
+            if found.len() < MOST && seen.insert(child) {
+                found.push(child);
+            }
+        }
+    }
+    found
+}
+
 /// The inodes of the sockets that a process and its descendants have.
 ///
 /// # Errors
 /// One of them may not be looked at.
 pub(super) fn sockets_of(pid: i32) -> io::Result<HashSet<u32>> {
-    let (mut left, mut seen, mut found) = (vec![pid], HashSet::from([pid]), HashSet::new());
-    while let Some(pid) = left.pop() {
+    let mut found = HashSet::new();
+    for pid in tree_of(pid) {
         let entries = match std::fs::read_dir(format!("/proc/{pid}/fd")) {
             Ok(entries) => entries,
             // It has ended.
@@ -61,25 +78,29 @@ pub(super) fn sockets_of(pid: i32) -> io::Result<HashSet<u32>> {
                 Err(_) => {}
             }
         }
-        for child in children_of(pid) {
-            if seen.len() < MOST && seen.insert(child) {
-                left.push(child);
-            }
-        }
     }
     Ok(found)
 }
 
-/// Whether a process has connections at some of these ports, and no listener at its address any
-/// more. What may not be looked at is taken for one that listens.
-pub(super) fn has_closed(pid: i32, address: SocketAddr, at: impl Fn(u16) -> bool) -> bool {
+/// Whether one of these sockets listens at an address of `at`.
+///
+/// # Errors
+/// The kernel does not list them.
+pub(super) fn listens(sockets: &HashSet<u32>, at: impl Fn(SocketAddr) -> bool) -> io::Result<bool> {
+    Ok(listening::list()?.iter().any(|it| sockets.contains(&it.inode) && at(it.address)))
+}
+
+/// Whether a process has connections at its own port or one of these, and no listener of its own any
+/// more: it ends after its last connection. What may not be looked at is taken for one that listens.
+pub(super) fn has_closed(pid: i32, own: SocketAddr, at: impl Fn(u16) -> bool) -> bool {
     let looked = || -> io::Result<bool> {
         let sockets = sockets_of(pid)?;
-        let mut listeners = listening::list()?.into_iter();
-        if listeners.any(|it| it.address == address && sockets.contains(&it.inode)) {
+        let is_own = |it: SocketAddr| it.port() == own.port() && is_at(it.ip(), own.ip());
+        if listens(&sockets, is_own)? {
             return Ok(false);
         }
-        Ok(listening::connected(at)?.iter().any(|it| sockets.contains(&it.inode)))
+        let connected = listening::connected(|port| port == own.port() || at(port))?;
+        Ok(connected.iter().any(|it| sockets.contains(&it.inode)))
     };
     looked().unwrap_or(false)
 }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use dispatch_steer::{Error, MAX_WORKERS, Probe, Probed, WorkerSettings};
 use dispatcher_core::SteerCounts;
 
-use super::sample::sockets_of;
+use super::sample::{sockets_of, tree_of};
 use super::thread::{Known, PoolMaps};
 use crate::background::logger::{quoted, value};
 
@@ -65,8 +65,8 @@ impl PoolMaps {
     /// closed them.
     pub(super) fn take_listeners(&mut self, pid: i32) -> Result<Option<Inherits>, Error> {
         let free = self.free_number()?;
-        let process = u32::try_from(pid).unwrap_or(0);
-        let taken = self.steering.take_listeners_of(process, &self.cgroup, free)?;
+        let processes: Vec<u32> = tree_of(pid).into_iter().map(i32::cast_unsigned).collect();
+        let taken = self.steering.take_listeners_of(&processes, &self.cgroup, free)?;
         let Some(number) = taken else { return Ok(None) };
         let address = self.public()?;
         // It has accepted connections before.

@@ -18,7 +18,8 @@ use dispatcher_core::{PoolId, SteerCounts};
 
 use super::super::peer_thread::Outbox;
 use super::hashed::HashedPools;
-use super::ports::Ports;
+use super::ports::{Ports, is_at, is_own};
+use super::sample::has_closed;
 use super::shared::{Inherits, Shared};
 use super::{Adopt, PoolSpec, Public, Slot, SteerCommand, SteerEvent, SteerTotals};
 use crate::background::logger::quoted;
@@ -218,7 +219,12 @@ impl SteerThread {
             }
         };
         let pool = self.pools.get_mut(&id).ok_or("its pool has no programs in the kernel")?;
-        if adopt.as_ref().is_some_and(|adopt| pool.has_closed(adopt.pid, address)) {
+        let publics = &pool.spec.publics;
+        let is_public = |port| publics.iter().any(|public| public.address.port() == port);
+        // Members have no process here.
+        if let Some(Adopt { pid: pid @ 1.. }) = adopt
+            && has_closed(pid, address, is_public)
+        {
             return Ok(None);
         }
         let number = pool.register(address, adopt.is_some()).map_err(|error| error.to_string())?;
@@ -548,16 +554,6 @@ fn includes(public: &Public, other: SocketAddr) -> bool {
     let any = |ip: IpAddr| ip.is_unspecified();
     let both = address.is_ipv6() && !ipv6_only && any(address.ip()) && any(other.ip());
     address == other || (both && address.port() == other.port())
-}
-
-/// Whether listeners at the loopback and at all addresses are those of the worker, too.
-fn is_own(ip: IpAddr) -> bool {
-    ip.is_loopback() || ip.is_unspecified()
-}
-
-/// Whether a listener at `ip` is one of the worker at `own`, if the port is the same.
-fn is_at(ip: IpAddr, own: IpAddr) -> bool {
-    ip == own || (is_own(ip) && is_own(own))
 }
 
 fn counts(found: &WorkerCounts, second: u32, queued: u64) -> SteerCounts {
