@@ -20,10 +20,11 @@ pub fn free_address() -> SocketAddr {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let [_, a, b, c] = (std::process::id() * 16 + number % 16).to_be_bytes();
+        // The last byte is never 0.
+        let [_, a, b, c] = (std::process::id() * 16 + 1 + number % 15).to_be_bytes();
         // Other tests use 127.0.x.x, and addresses with the highest bit set.
-        let ip = Ipv4Addr::from([127, (a & 0x3f) | 0x40, b, c.max(1)]);
-        let port = 10_000 + u16::try_from(number / 16 % 10_000).unwrap();
+        let ip = Ipv4Addr::from([127, (a & 0x3f) | 0x40, b, c]);
+        let port = 10_000 + u16::try_from(number / 15 % 10_000).unwrap();
         if let Ok(listener) = TcpListener::bind((ip, port)) {
             return listener.local_addr().unwrap();
         }

@@ -309,8 +309,9 @@ fn write_units(units: &Path, address: SocketAddr) {
 fn free_address() -> SocketAddr {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let machine = NEXT.fetch_add(1, Ordering::Relaxed);
-    let [_, a, b, c] = (std::process::id() * 16 + machine % 16).to_be_bytes();
+    // The last byte is never 0.
+    let [_, a, b, c] = (std::process::id() * 16 + 1 + machine % 15).to_be_bytes();
     // The other tests use 127.0.x.x.
-    let ip = [127, a | 0x80, b, c.max(1)];
+    let ip = [127, a | 0x80, b, c];
     TcpListener::bind((std::net::Ipv4Addr::from(ip), 0)).unwrap().local_addr().unwrap()
 }
