@@ -191,11 +191,7 @@ impl<'a> Nemesis<'a> {
     pub fn dismiss_workers(&mut self) {
         for worker in &mut self.workers {
             if !worker.leaving {
-                // The worker may have ended by itself, for example at the end of a drain.
-                let _ = nix::sys::signal::kill(
-                    nix::unistd::Pid::from_raw(worker.process.pid()),
-                    Signal::SIGTERM,
-                );
+                worker.process.signal(Signal::SIGTERM);
                 worker.leaving = true;
             }
         }
@@ -444,7 +440,6 @@ impl<'a> Nemesis<'a> {
     fn say_goodbye(&mut self) {
         let index = self.any();
         let number = self.workers[index].number;
-        // Before the worker has installed its handler the signal would kill it.
         if self.workers[index].leaving || !self.run.has_answered(number) {
             return;
         }

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use mio::unix::SourceFd;
@@ -34,6 +34,7 @@ static TAKEN: LazyLock<File> = LazyLock::new(|| {
 
 pub fn main(flavour: &str) {
     env_logger::init();
+    catch_sigterm();
     // Both are read now: later there may be no descriptor left.
     LazyLock::force(&NAME);
     LazyLock::force(&TAKEN);
@@ -78,9 +79,22 @@ fn write_down(peer: PeerAddr) -> Option<u32> {
     id
 }
 
-fn on_sigterm(action: impl Fn() + Send + 'static) {
+type Action = Box<dyn Fn() + Send>;
+
+/// What SIGTERM does once the worker has joined; until then the worker just ends.
+static ON_SIGTERM: Mutex<Option<Action>> = Mutex::new(None);
+
+fn catch_sigterm() {
     let mut signals = Signals::new([SIGTERM]).unwrap();
-    std::thread::spawn(move || signals.forever().for_each(|_| action()));
+    let act = || match &*ON_SIGTERM.lock().unwrap() {
+        Some(action) => action(),
+        None => std::process::exit(0),
+    };
+    std::thread::spawn(move || signals.forever().for_each(|_| act()));
+}
+
+fn on_sigterm(action: impl Fn() + Send + 'static) {
+    *ON_SIGTERM.lock().unwrap() = Some(Box::new(action));
 }
 
 /// Processes of the dispatcher end when they are drained; other workers stay.
@@ -168,8 +182,9 @@ fn slow(config: WorkerConfig) {
 /// Joins, and takes nothing.
 fn nothing(config: WorkerConfig) {
     let worker = Worker::connect(config).unwrap();
-    let mut signals = Signals::new([SIGTERM]).unwrap();
-    signals.forever().next();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    on_sigterm(move || sender.send(()).unwrap());
+    let _ = receiver.recv();
     worker.close();
 }
 

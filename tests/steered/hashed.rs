@@ -19,10 +19,10 @@ const HASH: &str = "fallback = \"hash\"\nhandoff_timeout = \"60s\"\n";
 /// As [`KEEPER`], but with SIGTERM it closes its listeners and finishes its connections.
 const GRACEFUL: &str = r#"
 import selectors, signal, socket, sys, os, time
-time.sleep(0.3)
-listeners = [socket.socket(fileno=int(sys.argv[2]) + n) for n in range(int(os.environ["LISTEN_FDS"]))]
 told, clients = [], 0
 signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+time.sleep(0.3)
+listeners = [socket.socket(fileno=int(sys.argv[2]) + n) for n in range(int(os.environ["LISTEN_FDS"]))]
 poll = selectors.DefaultSelector()
 for listener in listeners:
     listener.setblocking(False)

@@ -27,6 +27,11 @@ pub const PUBLIC: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LO
 /// seconds it needs to start. With SIGUSR1 it closes its first listener.
 pub const KEEPER: &str = r#"
 import os, selectors, signal, socket, sys, time
+def close(*_):
+    poll.unregister(listeners[0])
+    listeners[0].close()
+signal.signal(signal.SIGUSR1, close)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 if sys.argv[1] == "fd":
     assert int(os.environ["LISTEN_PID"]) == os.getpid()
     many = int(os.environ["LISTEN_FDS"])
@@ -36,11 +41,6 @@ if sys.argv[1] == "fd":
 else:
     listeners = [socket.create_server((sys.argv[1], int(sys.argv[2])), backlog=4096)]
 poll = selectors.DefaultSelector()
-def close(*_):
-    poll.unregister(listeners[0])
-    listeners[0].close()
-signal.signal(signal.SIGUSR1, close)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 for listener in listeners:
     listener.setblocking(False)
     poll.register(listener, selectors.EVENT_READ)

@@ -19,8 +19,8 @@
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use mio::unix::SourceFd;
@@ -76,6 +76,7 @@ fn prefork(kind: Option<&str>) {
 }
 
 fn work(kind: Option<&str>, config: WorkerConfig) {
+    catch_sigterm();
     match kind {
         Some("blocking") => blocking(config),
         Some("tokio") => tokio(config),
@@ -87,9 +88,22 @@ fn work(kind: Option<&str>, config: WorkerConfig) {
     }
 }
 
-fn on_sigterm(action: impl Fn() + Send + 'static) {
+type Action = Box<dyn Fn() + Send>;
+
+/// What SIGTERM does once the worker has joined; until then the worker just ends.
+static ON_SIGTERM: Mutex<Option<Action>> = Mutex::new(None);
+
+fn catch_sigterm() {
     let mut signals = Signals::new([SIGTERM]).unwrap();
-    std::thread::spawn(move || signals.forever().for_each(|_| action()));
+    let act = || match &*ON_SIGTERM.lock().unwrap() {
+        Some(action) => action(),
+        None => std::process::exit(0),
+    };
+    std::thread::spawn(move || signals.forever().for_each(|_| act()));
+}
+
+fn on_sigterm(action: impl Fn() + Send + 'static) {
+    *ON_SIGTERM.lock().unwrap() = Some(Box::new(action));
 }
 
 /// The duration of a round, or of the service of one client; zero means no pause.
@@ -117,9 +131,9 @@ fn greeting(listener: &str, peer: PeerAddr) -> String {
 fn blocking(config: WorkerConfig) {
     let mut worker = Worker::connect(config).unwrap();
     if std::env::var("TEST_WORKER").is_ok_and(|mode| mode == "never-take") {
-        let mut signals = Signals::new([SIGTERM]).unwrap();
-        signals.forever().next();
-        return;
+        loop {
+            std::thread::park();
+        }
     }
     let closer = worker.clone();
     on_sigterm(move || closer.close());

@@ -121,8 +121,27 @@ impl Process {
         i32::try_from(self.child.id()).unwrap()
     }
 
+    /// Waits until a signal of control finds a handler: a process that has just started would die
+    /// of it.
     pub fn signal(&self, signal: Signal) {
+        let handled = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1];
+        if handled.contains(&signal) || signal == Signal::SIGUSR2 {
+            wait_until(&format!("{} to handle {signal}", self.name), || self.handles(signal));
+        }
         kill(Pid::from_raw(self.pid()), signal).unwrap();
+    }
+
+    /// True if the signal does not end the process, or if it has ended.
+    fn handles(&self, signal: Signal) -> bool {
+        let path = format!("/proc/{}/status", self.pid());
+        let status = std::fs::read_to_string(path).unwrap_or_default();
+        let masks = ["SigBlk:", "SigIgn:", "SigCgt:", "State:\tZ"];
+        status.is_empty()
+            || status.lines().any(|line| {
+                let mask = masks.iter().find_map(|name| line.strip_prefix(name));
+                let number = |text: &str| u64::from_str_radix(text.trim(), 16).unwrap_or(u64::MAX);
+                mask.map_or(0, number) >> (signal as u32 - 1) & 1 == 1
+            })
     }
 
     /// Sends SIGKILL and waits for the end.
