@@ -5,7 +5,7 @@ use std::net::{Ipv6Addr, SocketAddr, TcpStream};
 use aya::maps::{HashMap, Map, MapData};
 use dispatch_steer::{Error, Probed, Steering, WorkerSettings};
 use nix::sys::signal::Signal;
-use test_support::wait_until;
+use test_support::{wait_for, wait_until};
 
 use crate::lab::*;
 use crate::shared_lab::*;
@@ -31,6 +31,43 @@ fn a_probe_is_for_its_worker_and_tells_when_it_accepts() {
     let refused = lab.steering().probe(7).unwrap_err();
     assert!(matches!(refused, Error::Invalid(_)), "{refused}");
     drop(held);
+    lab.empty();
+}
+
+/// Also while the policy gives the worker nothing; with a full queue it says so.
+#[test]
+fn a_connection_past_the_policy_is_for_its_worker() {
+    let Some(mut lab) = Lab::without_heirs(std::time::Duration::ZERO) else { return };
+    std::fs::write("/proc/sys/net/core/somaxconn", "64").unwrap();
+    for _ in 0..2 {
+        let worker = lab.enlist();
+        lab.inherit(worker, HEIR, &[V4]);
+    }
+    let draining = WorkerSettings { draining: 1, ..WorkerSettings::new(1) };
+    lab.steering().set_worker(1, draining).unwrap();
+    let mut made: Vec<TcpStream> =
+        (0..5).map(|_| lab.steering().connect_to(1).unwrap().into()).collect();
+    for stream in &mut made {
+        stream.set_nonblocking(false).unwrap();
+        read_hello(stream);
+    }
+    assert_eq!(lab.live(), [0, 5]);
+    let held: Vec<TcpStream> = (0..5).map(|_| connect(V4)).collect();
+    assert_eq!(lab.live(), [5, 5]);
+    assert!(matches!(lab.steering().connect_to(7), Err(Error::Invalid(_))));
+
+    lab.signal(1, Signal::SIGSTOP);
+    let mut queued = Vec::new();
+    let full = wait_for("a full queue", || match lab.steering().connect_to(1) {
+        Ok(connection) => {
+            queued.push(connection);
+            None
+        }
+        Err(error) => Some(error.to_string()),
+    });
+    assert!(full.contains("connect to the worker"), "{full}");
+    lab.signal(1, Signal::SIGCONT);
+    drop((made, held, queued));
     lab.empty();
 }
 

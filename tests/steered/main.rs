@@ -7,6 +7,7 @@ mod hashed;
 mod life;
 mod members;
 mod place;
+mod ready;
 mod reload;
 mod serve;
 mod servers;

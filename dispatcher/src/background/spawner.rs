@@ -36,7 +36,7 @@ use self::leader::Found;
 pub(crate) use self::leader::UNKNOWN;
 pub use self::listeners::Listeners;
 pub use self::output::{LastOutput, OutputLine, Stream, lost_lines};
-pub use self::ready_check::{CheckConnection, CheckFate, CheckRequest};
+pub use self::ready_check::{CheckConnection, CheckFate, CheckNeed, CheckRequest, Reach};
 use self::reaper::Own;
 use self::stops::{Stop, Stops};
 use crate::background::service_manager::unit::{self, StopKind, Unit};
@@ -160,7 +160,7 @@ pub struct Spawner {
     waiting: Arc<tokio::sync::Semaphore>,
     stop: watch::Sender<Stops>,
     last_output: LastOutput,
-    check_connections: Receiver<CheckConnection>,
+    check_needs: Receiver<CheckNeed>,
 }
 
 /// What the service is to do.
@@ -285,15 +285,15 @@ impl Spawner {
         let _ = self.orders.send(Order::Renew(pool));
     }
 
-    /// Checks the worker of a process. A [`CheckConnection`] may follow several times, and then
+    /// Checks the worker of a process. A [`CheckNeed`] may follow several times, and then
     /// `Checked`.
     pub fn check_ready(&self, request: CheckRequest) {
         let _ = self.orders.send(Order::Check(request));
     }
 
-    /// The next connection for a worker that is being checked.
-    pub fn check_connection(&self) -> Option<CheckConnection> {
-        self.check_connections.try_recv().ok()
+    /// What a check needs next.
+    pub fn check_need(&self) -> Option<CheckNeed> {
+        self.check_needs.try_recv().ok()
     }
 
     /// Records the deploys of a pool whose processes outlive the dispatcher.
@@ -364,7 +364,7 @@ pub(crate) struct Service {
     common: Common,
     processes: JoinSet<bool>,
     parents: prefork::Parents,
-    checks: ready_check::CheckConnections,
+    checks: ready_check::CheckNeeds,
 }
 
 /// What the tasks of all processes share.
@@ -400,14 +400,14 @@ pub(crate) fn service(wake: Wake) -> (Spawner, Service, Receiver<Report>) {
     let (sender, reports) = mpsc::channel();
     let waiting = Arc::new(tokio::sync::Semaphore::new(MAX_WAITING));
     let last_output = LastOutput::default();
-    let (checks, check_connections) = mpsc::channel();
+    let (checks, check_needs) = mpsc::channel();
     (
         Spawner {
             orders: order_sender,
             waiting,
             stop: stop_sender,
             last_output: last_output.clone(),
-            check_connections,
+            check_needs,
         },
         Service {
             orders,

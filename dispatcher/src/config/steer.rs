@@ -238,9 +238,6 @@ pub(super) fn steer(
             Ports::Own
         }
     };
-    if ports == Ports::Shared {
-        shared::refuse(check, (keys, defaults), spawn);
-    }
     if let (Some(spawned), Some(spawn)) = (own, spawn) {
         let most = MAX_STEERED_WORKERS / 2;
         if spawn.processes > most {
@@ -255,6 +252,9 @@ pub(super) fn steer(
         shared::check_fallback(check, fallback, ports);
     }
     let fallback = fallback.map(|key| *key.get_ref());
+    if ports == Ports::Shared && fallback == Some(Fallback::Hash) {
+        shared::refuse(check, (keys, defaults), spawn);
+    }
     // Its listeners decide on the address; see `check_steered`.
     Some(Steer { members, ports, address: Ipv4Addr::LOCALHOST.into(), fallback })
 }

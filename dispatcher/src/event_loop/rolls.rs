@@ -20,7 +20,9 @@ use crate::api::command::{CommandError, Problem, Target};
 use crate::api::status::RollStatus;
 use crate::background::closer::Task;
 use crate::background::logger::quoted;
-use crate::background::spawner::{CheckConnection, CheckFate, CheckRequest, Deploys, RollRecord};
+use crate::background::spawner::{
+    CheckConnection, CheckFate, CheckNeed, CheckRequest, Deploys, Reach, RollRecord,
+};
 use crate::config::{OnDispatcherLoss, ReadyCheck, Spawn};
 use dispatcher_core::{
     Core, Event, Generation, ListenerId, PoolId, ProcessId, Roll, RollBegun, RollRefusal,
@@ -478,18 +480,35 @@ impl EventLoop {
             return self.core.checked(self.now, process, true);
         }
         let settings = self.core.pool_settings(process.pool);
+        let shares = settings.is_some_and(|settings| settings.queues_move);
         // A process that shares its port has joined because it has accepted a connection.
-        if settings.is_some_and(|settings| settings.queues_move) {
+        if shares && check == ReadyCheck::Tcp {
             return self.core.checked(self.now, process, true);
         }
         let timeout = settings.map(|settings| settings.supervision.ready_timeout);
         let timeout = timeout.unwrap_or_default();
-        let address = self.steered_address(process);
-        self.side.spawner.check_ready(CheckRequest { process, check, timeout, address });
+        let reach = match self.steered_address(process) {
+            _ if shares => Reach::Directed,
+            Some(address) => Reach::At(address),
+            None => Reach::Passed,
+        };
+        self.side.spawner.check_ready(CheckRequest { process, check, timeout, reach });
+    }
+
+    /// Gives a check what it needs.
+    pub(super) fn serve_check(&mut self, need: CheckNeed) {
+        match need {
+            CheckNeed::Passed(connection) => self.offer_check(connection),
+            // Without a connection its check is over.
+            CheckNeed::Directed { process, connection } if self.core.wants_process(process) => {
+                self.connect_directed(process, connection);
+            }
+            CheckNeed::Directed { .. } => {}
+        }
     }
 
     /// A connection for a worker that is being checked.
-    pub(super) fn offer_check(&mut self, connection: CheckConnection) {
+    fn offer_check(&mut self, connection: CheckConnection) {
         let process = connection.process;
         // Its attempt may have run out of time.
         if connection.taken.is_closed() {

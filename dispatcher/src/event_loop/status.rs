@@ -33,8 +33,8 @@ impl EventLoop {
             self.note(report);
             count += 1;
         }
-        if let Some(connection) = self.side.spawner.check_connection() {
-            self.offer_check(connection);
+        if let Some(need) = self.side.spawner.check_need() {
+            self.serve_check(need);
             count = REPORTS_PER_TURN;
         }
         let request = self.side.request();

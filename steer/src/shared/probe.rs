@@ -4,6 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SocketFlags, SocketType, bind, connect, getpeername, getsockname,
@@ -26,6 +27,9 @@ pub struct Probe {
     ends: (SocketAddr, SocketAddr),
     key: Remote,
 }
+
+/// How long [`Steering::connect_to`] waits.
+const CONNECTED_WITHIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
 
 /// What has become of a [`Probe`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +73,28 @@ impl Steering {
                 Err(failed(error))
             }
         }
+    }
+
+    /// A connection to a worker, past the policy, in non-blocking mode. It counts as any other.
+    ///
+    /// # Errors
+    ///
+    /// As [`Steering::probe`]; also [`Error::System`] if the kernel has no room for it in the
+    /// worker's queue.
+    pub fn connect_to(&mut self, worker: u32) -> Result<OwnedFd, Error> {
+        let Probe { socket, key, .. } = self.probe(worker)?;
+        // Over the loopback device it is complete already, unless its SYN was dropped.
+        let waited = poll(&mut [PollFd::new(&socket, PollFlags::OUT)], Some(&CONNECTED_WITHIN));
+        self.sharing()?.maps.direct_no_more(&key)?;
+        let connected = waited.and_then(|_| getpeername(&socket).map(drop));
+        connected.map_err(|error| Error::System {
+            step: "connect to the worker",
+            error: match error {
+                Errno::NOTCONN => std::io::ErrorKind::TimedOut.into(),
+                error => error.into(),
+            },
+        })?;
+        Ok(socket)
     }
 
     /// Whether the worker has accepted the connection.

@@ -1,7 +1,8 @@
 //! Ready checks: whether the worker of a new process takes a connection, and answers on it.
 //!
 //! Each attempt makes a TCP connection over the loopback device. The event loop sends one end to
-//! the worker like a client's connection; this task keeps the other end. Guarantees: one result for
+//! the worker like a client's connection; this task keeps the other end. A worker that listens is
+//! connected to. Guarantees: one result for
 //! each check, at its deadline at the latest, unless the process has ended meanwhile.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -32,9 +33,34 @@ pub struct CheckRequest {
     pub check: ReadyCheck,
     /// How long the check may take.
     pub timeout: Duration,
-    /// Where the worker listens, in a steered pool: the check connects to it. Otherwise the event
-    /// loop sends the worker a connection.
-    pub address: Option<SocketAddr>,
+    /// The way to the worker.
+    pub reach: Reach,
+}
+
+/// How a check reaches a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// The event loop sends it a connection.
+    Passed,
+    /// It listens at an address of its own.
+    At(SocketAddr),
+    /// It shares its port: the kernel is told which connection is for it.
+    Directed,
+}
+
+/// What an attempt needs of the event loop.
+#[derive(Debug)]
+pub enum CheckNeed {
+    /// Its connection is to be sent to the worker.
+    Passed(CheckConnection),
+    /// It has no connection yet.
+    Directed {
+        /// The process.
+        process: ProcessId,
+        /// Receives a connection to its worker, in non-blocking mode, or why there is none. Dropped
+        /// if the process has ended, or gets no clients any more: its check is over.
+        connection: oneshot::Sender<Result<OwnedFd, String>>,
+    },
 }
 
 /// A connection for the worker of a process.
@@ -70,14 +96,14 @@ enum Failed {
 }
 
 /// Where the event loop gets the connections.
-pub(super) type CheckConnections = mpsc::Sender<CheckConnection>;
+pub(super) type CheckNeeds = mpsc::Sender<CheckNeed>;
 
 /// Carries out a check, and reports its result.
-pub(super) async fn run(request: CheckRequest, connections: CheckConnections, reports: Reports) {
+pub(super) async fn run(request: CheckRequest, needs: CheckNeeds, reports: Reports) {
     let deadline = Instant::now() + request.timeout;
     let mut last = String::new();
     let result = loop {
-        let attempt = attempt(&request, &connections, &reports);
+        let attempt = attempt(&request, &needs, &reports);
         match tokio::time::timeout_at(deadline, attempt).await {
             Ok(Ok(())) => break Ok(()),
             Ok(Err(Failed::Because(error))) => last = error,
@@ -108,12 +134,13 @@ fn silence(request: &CheckRequest) -> String {
 
 async fn attempt(
     request: &CheckRequest,
-    connections: &CheckConnections,
+    needs: &CheckNeeds,
     reports: &Reports,
 ) -> Result<(), Failed> {
-    let own = match request.address {
-        Some(address) => connect_to(address).await?,
-        None => pass(request, connections, reports).await?,
+    let own = match request.reach {
+        Reach::Passed => pass(request, needs, reports).await?,
+        Reach::At(address) => connect_to(address).await?,
+        Reach::Directed => direct(request, needs, reports).await?,
     };
     match &request.check {
         ReadyCheck::None | ReadyCheck::Tcp => Ok(()),
@@ -132,10 +159,25 @@ async fn connect_to(address: SocketAddr) -> Result<TcpStream, Failed> {
     connected.map_err(|error| Failed::Because(format!("cannot connect to {address}: {error}")))
 }
 
+/// Gets a connection to a worker that shares its port.
+async fn direct(
+    request: &CheckRequest,
+    needs: &CheckNeeds,
+    reports: &Reports,
+) -> Result<TcpStream, Failed> {
+    let (sender, connection) = oneshot::channel();
+    let need = CheckNeed::Directed { process: request.process, connection: sender };
+    needs.send(need).map_err(|_| Failed::Over)?;
+    (reports.wake)();
+    let connected = connection.await.map_err(|_| Failed::Over)?.map_err(Failed::Because)?;
+    let stream = TcpStream::from_std(connected.into());
+    stream.map_err(|error| Failed::Because(format!("its connection cannot be used: {error}")))
+}
+
 /// Has the event loop send the worker a connection, and waits until its application has taken it.
 async fn pass(
     request: &CheckRequest,
-    connections: &CheckConnections,
+    needs: &CheckNeeds,
     reports: &Reports,
 ) -> Result<TcpStream, Failed> {
     let failed =
@@ -147,7 +189,7 @@ async fn pass(
     let process = request.process;
     let connection = CheckConnection { process, fd, peer, taken: sender };
     // Without an event loop nothing is checked any more.
-    connections.send(connection).map_err(|_| Failed::Over)?;
+    needs.send(CheckNeed::Passed(connection)).map_err(|_| Failed::Over)?;
     (reports.wake)();
     let because = |text: &str| Err(Failed::Because(text.to_owned()));
     match taken.await {

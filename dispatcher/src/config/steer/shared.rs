@@ -11,7 +11,7 @@ use super::{Fallback, Ports};
 /// Most public addresses of such a pool.
 pub(super) const MAX_ADDRESSES: usize = 32;
 
-/// Keys of a pool that are not possible with inherited listeners.
+/// Keys of a pool that are not possible where the kernel's hash may choose.
 pub(super) fn refuse(
     check: &mut Check<'_>,
     (keys, defaults): (&PoolKeys, &PoolKeys),
@@ -24,8 +24,11 @@ pub(super) fn refuse(
         let key = own.or(defaults.and_then(|it| it.ready_check.as_ref()));
         let span = key.map_or(0..0, Spanned::span);
         check.mistake(
-            Mistake::new(span, "a process that shares its port cannot be asked by itself")
-                .help("ready_check = \"tcp\": it is ready when it accepts a connection"),
+            Mistake::new(span, "with fallback = \"hash\" a process cannot be asked by itself")
+                .help(
+                    "ready_check = \"tcp\": it is ready when it accepts a connection; or remove \
+                 `fallback`",
+                ),
         );
     }
 }

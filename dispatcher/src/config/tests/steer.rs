@@ -119,7 +119,10 @@ fn processes_can_share_the_public_ports() {
     refused(&text, "listens at an address of its own", "remove `ports`");
 
     let http = "ready_check = ‹\"/health\"›\n";
-    refused(&format!("{STEERED}{fd}{http}"), "cannot be asked by itself", "\"tcp\"");
+    let hash = format!("{STEERED}fallback = \"hash\"\n{fd}{http}");
+    refused(&hash, "cannot be asked by itself", "\"tcp\"");
+    let steered = format!("{STEERED}{fd}{http}").replace(['‹', '›'], "");
+    assert_eq!(steer_of(&steered).ports, Ports::Shared);
     for (key, help) in [("ipv6_only", "[::] is for IPv4, too"), ("free_bind", "must exist")] {
         let dual = STEERED.replace("127.0.0.1", "[::]");
         let with = dual.replacen("pool = ", &format!("{key} = ‹true›\npool = "), 1);

@@ -107,6 +107,7 @@ impl SteerThread {
             SteerCommand::Prepare { pool, .. } => *pool,
             SteerCommand::Sweep(pool) | SteerCommand::Close(pool) => *pool,
             SteerCommand::MoveQueue(slot)
+            | SteerCommand::Connect(slot, _)
             | SteerCommand::Runs(slot, _)
             | SteerCommand::Free { slot, .. } => slot.pool,
         };
@@ -136,8 +137,9 @@ impl SteerThread {
             }
             SteerCommand::Free { slot, returns } => pool.free(slot.number, returns),
             SteerCommand::Close(_) => drop(self.hashed.pools.remove(&id)),
-            // There are no programs that could move a queue, and no pins.
+            // There are no programs that could move a queue or choose a worker, and no pins.
             SteerCommand::MoveQueue(_)
+            | SteerCommand::Connect(..)
             | SteerCommand::Sweep(_)
             | SteerCommand::Open(_)
             | SteerCommand::End(..) => {}

@@ -103,6 +103,9 @@ pub(super) enum Holder {
     Member(PoolId, u32),
 }
 
+/// Receives a connection to a worker, or why there is none.
+pub(super) type Connected = tokio::sync::oneshot::Sender<Result<OwnedFd, String>>;
+
 /// What the hot thread asks the thread to do.
 #[derive(Debug)]
 pub(super) enum SteerCommand {
@@ -119,6 +122,8 @@ pub(super) enum SteerCommand {
     /// Move what waits in the queue of a worker with an inherited listener to other workers:
     /// [`SteerEvent::QueueMoved`].
     MoveQueue(Slot),
+    /// Make a connection to a worker with an inherited listener.
+    Connect(Slot, Connected),
     /// The process of a slot runs. For pools that the kernel's hash serves.
     Runs(Slot, i32),
     /// The worker will not come back. `returns`: another process follows in its place.

@@ -90,8 +90,9 @@ pub(super) fn listens(sockets: &HashSet<u32>, at: impl Fn(SocketAddr) -> bool) -
     Ok(listening::list()?.iter().any(|it| sockets.contains(&it.inode) && at(it.address)))
 }
 
-/// Whether a process has connections at its own port or one of these, and no listener of its own any
-/// more: it ends after its last connection. What may not be looked at is taken for one that listens.
+/// Whether a process has connections at its own port or one of these, and no listener of its own
+/// any more: it ends after its last connection. What may not be looked at is taken for one that
+/// listens.
 pub(super) fn has_closed(pid: i32, own: SocketAddr, at: impl Fn(u16) -> bool) -> bool {
     let looked = || -> io::Result<bool> {
         let sockets = sockets_of(pid)?;

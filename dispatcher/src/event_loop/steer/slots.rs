@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::super::EventLoop;
-use super::{Holder, Slot, SlotIo, SteerCommand};
+use super::{Connected, Holder, Slot, SlotIo, SteerCommand};
 use crate::background::logger::{quoted, value};
 use dispatcher_core::{Departure, ProcessId, SteerCounts, SteerJoin, SteerSettings, WorkerId};
 
@@ -32,6 +32,17 @@ impl EventLoop {
     pub(in crate::event_loop) fn steered_address(&self, process: ProcessId) -> Option<SocketAddr> {
         let slot = self.steers.of_process(process)?;
         self.steers.slots.get(&slot).map(|io| io.address)
+    }
+
+    /// Makes a connection to the worker of a process that shares its port.
+    pub(in crate::event_loop) fn connect_directed(
+        &mut self,
+        process: ProcessId,
+        connected: Connected,
+    ) {
+        if let Some(slot) = self.steers.of_process(process) {
+            self.steers.send(SteerCommand::Connect(slot, connected));
+        }
     }
 
     /// A process runs.

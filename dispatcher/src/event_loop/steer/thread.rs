@@ -177,6 +177,14 @@ impl SteerThread {
                 let freed = self.pools.get_mut(&slot.pool).map(|pool| pool.free(slot.number));
                 self.note(slot.pool, freed.unwrap_or(Ok(())));
             }
+            SteerCommand::Connect(slot, connected) => {
+                let pool = self.pools.get_mut(&slot.pool);
+                let connection = pool.map(|pool| pool.steering.connect_to(slot.number));
+                if let Some(connection) = connection {
+                    // The check may have ended.
+                    let _ = connected.send(connection.map_err(|error| error.to_string()));
+                }
+            }
             SteerCommand::Close(id) => {
                 if let Some(pool) = self.pools.remove(&id) {
                     pool.detach();
