@@ -162,7 +162,7 @@ fn a_worker_runs_with_its_variables_and_without_the_channel() {
     assert!(channel.starts_with("socket:"), "{channel}");
     assert!(!links.iter().any(|link| link.contains("pidfd") || *link == channel), "{links:?}");
     // It continues without its parent, which ends by SIGTERM.
-    parent.process.signal(Signal::SIGTERM);
+    end(parent.process.pid(), Signal::SIGTERM);
     assert!(!parent.process.wait().success());
     assert_eq!(parent.answer(), None);
     assert!(lives(pid));
