@@ -5,10 +5,10 @@
 //! relay-bench transports [ROUNDS]           socket pairs beside a ring in shared memory
 //! ```
 //!
-//! Each contender has its receiver in a second process. Latency is one way, from just before the send
-//! to the application's receive, of single messages with a pause of 100 µs between them. The rate is
-//! what the receiver gets from one sender that does not pause. Ratios are made in each round, because
-//! other programs on the machine change both.
+//! Each contender has its receiver in a second process. Latency is one way, from just before the
+//! send to the application's receive, of single messages with a pause of 100 µs between them. The
+//! rate is what the receiver gets from one sender that does not pause. Ratios are made in each
+//! round, because other programs on the machine change both.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -1,8 +1,8 @@
-//! The names of the directory's numbers. The command, the metrics and the dispatcher's status use the
-//! same ones.
+//! The names of the directory's numbers. The command, the metrics and the dispatcher's status use
+//! the same ones.
 
-/// Each number with its meaning. A name that ends in `_total` counts since the start; the others are
-/// states.
+/// Each number with its meaning. A name that ends in `_total` counts since the start; the others
+/// are states.
 pub const NUMBERS: [(&str, &str); 25] = [
     ("ids", "Registered client ids of all hosts"),
     ("ids_in_grace", "Ids whose client has gone and may come back"),

@@ -15,8 +15,8 @@ pub fn run(config: Config) -> io::Result<()> {
     serve(config, std::future::pending())
 }
 
-/// Like [`run`], and until the end of `input`, whose other end the process that has started this one
-/// keeps open.
+/// Like [`run`], and until the end of `input`, whose other end the process that has started this
+/// one keeps open.
 ///
 /// # Errors
 /// As [`run`]; or no thread can be started.

@@ -213,8 +213,9 @@ impl Core {
         }
         line.peak = line.peak.max(line.has_read());
         line.low = line.low.min(line.has_read());
-        // When it wrote the report, it had between `low` and `peak` of them. Within that, the number
-        // of others is the one of before, so that a burst between two reports does not change it.
+        // When it wrote the report, it had between `low` and `peak` of them. Within that, the
+        // number of others is the one of before, so that a burst between two reports does not
+        // change it.
         let said = said.min(MOST_LIVE);
         let least = said.saturating_sub(u64::from(line.peak));
         let most = said.saturating_sub(u64::from(line.low));

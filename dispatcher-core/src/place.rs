@@ -148,9 +148,9 @@ impl Core {
     }
 
     /// During a roll, a worker of the new generation instead of an older one, so that clients that
-    /// connect again do not come to workers that will be drained. `None` if the choice is of the new
-    /// generation, a key decides, or each new worker has more than [`PREFERRED_LOAD`] percent of
-    /// the pool's mean load for its weight. Scans every worker, but only during a roll.
+    /// connect again do not come to workers that will be drained. `None` if the choice is of the
+    /// new generation, a key decides, or each new worker has more than [`PREFERRED_LOAD`] percent
+    /// of the pool's mean load for its weight. Scans every worker, but only during a roll.
     fn newer(
         &self,
         now: Time,

@@ -1,8 +1,8 @@
 //! Workers of the line protocol: sockets, reads, reports and ends of connections that come late, in
 //! any order that is possible, from a seed.
 //!
-//! Asserts that no connection is given to a worker after another one has used it, that none is lost,
-//! and that loads are exact once everything has been told.
+//! Asserts that no connection is given to a worker after another one has used it, that none is
+//! lost, and that loads are exact once everything has been told.
 
 #![allow(clippy::expect_used, reason = "a panic is the report of a property that does not hold")]
 

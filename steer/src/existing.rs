@@ -91,8 +91,9 @@ impl Steering {
     }
 
     /// Takes over the listeners of shared ports that the processes of a worker have from an earlier
-    /// process of this program. Returns the number of its worker: after [`Steering::adopt`] the one that it had, or
-    /// else `free`, whose connections of before are not counted. `None` if they have closed all.
+    /// process of this program. Returns the number of its worker: after [`Steering::adopt`] the one
+    /// that it had, or else `free`, whose connections of before are not counted. `None` if they
+    /// have closed all.
     ///
     /// It needs the right to fetch descriptors, as [`Steering::adopt_listeners`]. `cgroup` is the
     /// one to which the programs are attached.
@@ -100,8 +101,8 @@ impl Steering {
     /// # Errors
     ///
     /// [`Error::Invalid`] if they have no listener at one of the public addresses, or there
-    /// are no such addresses; [`Error::Listener`] if it may not be fetched, or was opened outside of
-    /// the cgroup; otherwise as [`Steering::take_listeners`].
+    /// are no such addresses; [`Error::Listener`] if it may not be fetched, or was opened outside
+    /// of the cgroup; otherwise as [`Steering::take_listeners`].
     pub fn take_listeners_of(
         &mut self,
         processes: &[u32],

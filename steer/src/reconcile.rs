@@ -1,9 +1,10 @@
 //! Compares the counts of the programs with the kernel's own list of sockets, and corrects them.
 //!
-//! Each socket that counts says so in its entry of `owners`. A list takes time, and sockets open and
-//! close meanwhile. So the counts before and after it give a lower and an upper bound of the error,
-//! which are equal on a quiet system. An error is corrected when two comparisons in a row say that
-//! there is one, by the least amount that both allow: what counts right is never made wrong.
+//! Each socket that counts says so in its entry of `owners`. A list takes time, and sockets open
+//! and close meanwhile. So the counts before and after it give a lower and an upper bound of the
+//! error, which are equal on a quiet system. An error is corrected when two comparisons in a row
+//! say that there is one, by the least amount that both allow: what counts right is never made
+//! wrong.
 
 use std::collections::HashSet;
 
@@ -52,8 +53,8 @@ impl Excess {
     /// Of a count that was `before` and `after`, while it grew `grown` times, and for which `found`
     /// sockets were listed.
     ///
-    /// A socket that was there all the time was listed, and one that was there at some time may have
-    /// been. The count without its excess is the number of sockets.
+    /// A socket that was there all the time was listed, and one that was there at some time may
+    /// have been. The count without its excess is the number of sockets.
     fn of(before: i64, after: i64, grown: i64, found: i64) -> Excess {
         let shrunk = grown.saturating_sub(after.saturating_sub(before)).max(0);
         let least = before.saturating_sub(shrunk).saturating_sub(found);

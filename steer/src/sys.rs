@@ -254,7 +254,8 @@ impl LiveCounts {
 
 const _: () = assert!(offset_of!(WorkerCounts, listeners) % 8 == 0);
 
-/// Attaches a program to `setsockopt` of the sockets of a cgroup; the link ends with its descriptor.
+/// Attaches a program to `setsockopt` of the sockets of a cgroup; the link ends with its
+/// descriptor.
 pub(crate) fn link_setsockopt(
     program: BorrowedFd<'_>,
     cgroup: BorrowedFd<'_>,

@@ -6,9 +6,9 @@
 //! namespaces whose links go down and drop packets. `FAILOVER_SECONDS` sets the duration,
 //! `FAILOVER_SEED` repeats the faults of a run.
 //!
-//! Clients with a list choose in turn. Clients with advice ask the dispatchers, and in a run of five
-//! minutes or more the faults are two minutes apart: the mean loads of the second one are within a
-//! tenth of even.
+//! Clients with a list choose in turn. Clients with advice ask the dispatchers, and in a run of
+//! five minutes or more the faults are two minutes apart: the mean loads of the second one are
+//! within a tenth of even.
 
 mod clients;
 pub mod host;

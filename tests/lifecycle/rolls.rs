@@ -1,5 +1,5 @@
-//! Rolls of pools with real processes: new versions that work and that do not, what clients see, and
-//! dispatchers that end in the middle of a roll.
+//! Rolls of pools with real processes: new versions that work and that do not, what clients see,
+//! and dispatchers that end in the middle of a roll.
 
 mod bad_versions;
 mod checks;

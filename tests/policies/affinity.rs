@@ -25,7 +25,8 @@ fn affinity(dispatcher: &Dispatcher) -> AffinityStatus {
     pool(&dispatcher.status(), "web").affinity.clone().unwrap()
 }
 
-/// Waits until the pool has so many workers. A slow one may be suspect: without clients it stays so.
+/// Waits until the pool has so many workers. A slow one may be suspect: without clients it stays
+/// so.
 fn wait_listed(dispatcher: &Dispatcher, count: usize) {
     dispatcher.wait_status("the workers", |status| pool(status, "web").workers.len() == count);
 }

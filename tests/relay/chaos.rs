@@ -1,5 +1,5 @@
-//! Seeded chaos: workers send, receive, register again, read slowly and flood each other, while they
-//! are killed and stopped and the directory is restarted. Afterwards the logs are checked:
+//! Seeded chaos: workers send, receive, register again, read slowly and flood each other, while
+//! they are killed and stopped and the directory is restarted. Afterwards the logs are checked:
 //!
 //! - an acknowledged message was received exactly once; it may be missing only if the worker that
 //!   had it in its queue was killed, and then everything after it there is missing, too;

@@ -159,7 +159,8 @@ fn a_directory_that_hangs_or_cannot_start_delays_nothing() {
     let (pid, _) = up(&dispatcher);
     kill(Pid::from_raw(pid), Signal::SIGSTOP).unwrap();
     let part = relay(&dispatcher);
-    // The figures are those of before until the question has run out of time; everything else serves.
+    // The figures are those of before until the question has run out of time; everything else
+    // serves.
     let address = dispatcher.address("http");
     for _ in 0..20 {
         test_support::Client::connect(address).unwrap().echo("served");

@@ -1,8 +1,8 @@
 //! A worker of the chaos test: registers ids, sends, receives, and writes down everything.
 //!
 //! Arguments: the directory's socket, the log, a name that no other run has, a seed, how many ids
-//! there are. It runs until SIGTERM, and then receives what has arrived and ends. A line of the log is
-//! one write, so a kill loses no line that was written:
+//! there are. It runs until SIGTERM, and then receives what has arrived and ends. A line of the log
+//! is one write, so a kill loses no line that was written:
 //!
 //! ```text
 //! try ID                  asks to be registered; messages may come from now on

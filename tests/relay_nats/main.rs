@@ -1,6 +1,7 @@
 //! Several hosts: directories with different names, each with its own workers, and the real
-//! `nats-server`. Each directory reaches it through a proxy of the test, which can be cut. The hosts
-//! share this machine's loopback; what separates them is that they have nothing in common but NATS.
+//! `nats-server`. Each directory reaches it through a proxy of the test, which can be cut. The
+//! hosts share this machine's loopback; what separates them is that they have nothing in common but
+//! NATS.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 mod namespaces;
@@ -220,7 +221,8 @@ fn no_message_between_hosts_costs_a_member_its_directory() {
     knows(&b, "alice", "one");
     assert_eq!(a.send(&id("bob"), "1").wait(), Outcome::Delivered);
     assert_eq!(next(&bob), b"1");
-    // Longer than the other host accepts: it is not sent, and only what was on its way there is lost.
+    // Longer than the other host accepts: it is not sent, and only what was on its way there is
+    // lost.
     assert_eq!(a.send(&id("bob"), vec![0; 100_001]).wait(), Outcome::Lost);
     assert_eq!(a.send(&id("bob"), vec![0; 100_000]).wait(), Outcome::Delivered);
     assert_eq!(next(&bob).len(), 100_000);

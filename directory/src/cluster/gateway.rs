@@ -21,8 +21,8 @@ use tokio::sync::Notify;
 use super::{Cluster, FORWARD, PIECE, UNREACHABLE};
 use crate::server::budget::Share;
 
-/// Bytes that wait for one member of this host, or one longest forward. What exceeds it is lost, which
-/// the members notice.
+/// Bytes that wait for one member of this host, or one longest forward. What exceeds it is lost,
+/// which the members notice.
 const MAX_WAITING: usize = 32 * 1024 * 1024;
 
 thread_local! {
@@ -64,8 +64,8 @@ impl Gateway {
 }
 
 impl Gateway {
-    /// Adds a piece to those of its frame. Returns the frame if it is whole, and `None` if it is longer
-    /// than a member of this host accepts, or there is no room.
+    /// Adds a piece to those of its frame. Returns the frame if it is whole, and `None` if it is
+    /// longer than a member of this host accepts, or there is no room.
     fn collect(
         &self,
         cluster: &Cluster,

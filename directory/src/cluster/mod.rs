@@ -1,13 +1,14 @@
-//! Other hosts, through NATS: directories find each other, tell each other what changes, and pass on
-//! messages between members of different hosts.
+//! Other hosts, through NATS: directories find each other, tell each other what changes, and pass
+//! on messages between members of different hosts.
 //!
 //! Subjects are `PREFIX.all`, which every directory reads, and `PREFIX.to.HOST` for one host. Every
 //! second a directory says on `all` that it is there. Updates are numbered: a directory that has
 //! missed one asks for a snapshot and keeps later updates until it has come.
 //!
-//! NATS delivers at most once. What is lost on the way shows as a gap in the numbers of a link, which
-//! the two members then begin again, so nothing arrives twice or out of order. While NATS is away
-//! each host continues by itself; messages to other hosts are answered with *unreachable* at once.
+//! NATS delivers at most once. What is lost on the way shows as a gap in the numbers of a link,
+//! which the two members then begin again, so nothing arrives twice or out of order. While NATS is
+//! away each host continues by itself; messages to other hosts are answered with *unreachable* at
+//! once.
 
 mod gateway;
 mod peers;

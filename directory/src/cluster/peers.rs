@@ -66,8 +66,8 @@ impl Peers {
         gone
     }
 
-    /// A message of another directory. Returns its host if a snapshot is needed, and puts hosts that
-    /// ask for one into `asked`.
+    /// A message of another directory. Returns its host if a snapshot is needed, and puts hosts
+    /// that ask for one into `asked`.
     pub(super) fn take(
         &mut self,
         registry: &mut Registry,

@@ -28,8 +28,8 @@ impl Registry {
     ) {
         let (stamp, clock) = match stamp {
             0 => self.next_stamp(now, from, id),
-            // One of an earlier directory. It orders the registrations of this id, and does not move
-            // the clock of all.
+            // One of an earlier directory. It orders the registrations of this id, and does not
+            // move the clock of all.
             _ if Hlc::is_near(stamp, now.wall, self.limits.drift) => (stamp, false),
             _ => {
                 self.totals.stamps_ahead += 1;
@@ -198,8 +198,8 @@ impl Registry {
         }
     }
 
-    /// Remembers the slot of an ended registration for a while; false if that is too many. The bound:
-    /// with more ends than ids in a grace, the memory of the latest is given up.
+    /// Remembers the slot of an ended registration for a while; false if that is too many. The
+    /// bound: with more ends than ids in a grace, the memory of the latest is given up.
     pub(super) fn begin_grace(&mut self, grace: Grace) -> bool {
         let of_user = self.users.of(grace.user).graces;
         if self.graces.len() >= self.limits.ids || of_user >= self.limits.ids_per_user {

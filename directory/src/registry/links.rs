@@ -7,8 +7,8 @@ use super::{Effect, MemberIndex, Now, Registry};
 /// How long a link that a member has not received is taken to be on its way, in milliseconds.
 const ON_ITS_WAY: u64 = 5000;
 
-/// Between two links of one pair, in milliseconds. A member that asks more often would fill the queue
-/// of the other one with descriptors.
+/// Between two links of one pair, in milliseconds. A member that asks more often would fill the
+/// queue of the other one with descriptors.
 const INTERVAL: u64 = 100;
 
 /// The last link of a pair.

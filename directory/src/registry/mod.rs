@@ -308,8 +308,8 @@ impl Registry {
         self.hosts.first().map_or(0, |host| host.number)
     }
 
-    /// For one grace from now on, look-ups of unknown ids wait: an earlier directory may have ended a
-    /// moment ago, and its members register again.
+    /// For one grace from now on, look-ups of unknown ids wait: an earlier directory may have ended
+    /// a moment ago, and its members register again.
     pub fn settle(&mut self, now: Now) {
         self.settling = now.steady + self.limits.grace;
     }

@@ -24,8 +24,8 @@ impl Registry {
         self.send(from, FromDirectory::Places { request, places, next: 0 });
     }
 
-    /// A page can have no entries and a next page. An id that is registered throughout is in exactly
-    /// one page.
+    /// A page can have no entries and a next page. An id that is registered throughout is in
+    /// exactly one page.
     pub(super) fn online(&mut self, namespace: u16, from: MemberIndex, request: u64, cursor: u64) {
         let start = u32::try_from(cursor).unwrap_or(u32::MAX);
         let end = self.slots.end();

@@ -24,8 +24,8 @@ pub(super) struct Confirmed {
 }
 
 impl Registry {
-    /// The index of another host, which may be new; `None` if it has the own host's number, or there
-    /// are 255 others.
+    /// The index of another host, which may be new; `None` if it has the own host's number, or
+    /// there are 255 others.
     pub fn remote_host(&mut self, name: &Name) -> Option<u16> {
         let number = host_number(name);
         match self.hosts.iter().position(|host| host.number == number) {

@@ -1,5 +1,5 @@
-//! Bytes that wait in this process, in all and of each user, so that one user cannot take the memory
-//! that others need.
+//! Bytes that wait in this process, in all and of each user, so that one user cannot take the
+//! memory that others need.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;

@@ -2,8 +2,8 @@
 //!
 //! One thread runs everything; the registry is its state. Each member has a task and a bounded
 //! queue. A member that does not read loses reports of changes first, and its connection when its
-//! queue is full, so that no other member waits for it; when all queues of a user are full together, its
-//! largest one goes. Nothing here waits for a member.
+//! queue is full, so that no other member waits for it; when all queues of a user are full
+//! together, its largest one goes. Nothing here waits for a member.
 
 mod access;
 pub(crate) mod budget;
@@ -142,7 +142,8 @@ impl State {
     fn link(&mut self, a: MemberIndex, b: MemberIndex, number: u64) {
         let numbers = (self.registry.number_of(a), self.registry.number_of(b));
         let (Some(number_a), Some(number_b)) = numbers else { return };
-        // A queue full of links costs the member that asks its link, not the other one its connection.
+        // A queue full of links costs the member that asks its link, not the other one its
+        // connection.
         let has_room = |to| self.sessions.get(&to).is_some_and(|one| one.queue.has_room_for_fd());
         if !has_room(a) || !has_room(b) {
             return self.registry.link_failed(a, b, "too many links wait for one of the two");

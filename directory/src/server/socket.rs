@@ -77,8 +77,8 @@ pub(crate) fn link() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::UNIX, SocketType::STREAM, FLAGS, None)?)
 }
 
-/// Receives one record, without waiting. Returns its length, 0 at the end, and descriptors that came
-/// with it, which the directory has not asked for; closing them can block.
+/// Receives one record, without waiting. Returns its length, 0 at the end, and descriptors that
+/// came with it, which the directory has not asked for; closing them can block.
 pub(super) fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);

@@ -23,8 +23,8 @@ use crate::config::{NOT_INHERITED, RelayDirectory, RelaySettings};
 use crate::reload::RunningConfig;
 use crate::sys;
 
-/// This program, also after its file was replaced or removed: the directory that is started again is
-/// of the same version.
+/// This program, also after its file was replaced or removed: the directory that is started again
+/// is of the same version.
 const PROGRAM: &str = "/proc/self/exe";
 
 /// The first wait before another start.

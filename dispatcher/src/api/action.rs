@@ -20,8 +20,8 @@ pub enum Action {
         /// After this duration the worker ends its remaining connections.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         deadline: Option<String>,
-        /// All workers only: they get connections for this long, while advice and agents tell others
-        /// that the host drains.
+        /// All workers only: they get connections for this long, while advice and agents tell
+        /// others that the host drains.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         announce: Option<String>,
     },

@@ -255,8 +255,8 @@ struct FailureJson<'a> {
 }
 
 impl Command {
-    /// Whether the command's output is JSON. `check` and `doctor` are excluded: their output contains
-    /// the mistakes.
+    /// Whether the command's output is JSON. `check` and `doctor` are excluded: their output
+    /// contains the mistakes.
     fn for_programs(&self) -> bool {
         match self {
             Command::Status(arguments) => arguments.json,

@@ -161,8 +161,8 @@ fn find(status: Status, pool: &str) -> Result<(String, ProcessesStatus), Failure
 ///
 /// # Errors
 ///
-/// Exit code 70 when it stopped, 75 after `timeout` or when the dispatcher was started again and has
-/// forgotten it.
+/// Exit code 70 when it stopped, 75 after `timeout` or when the dispatcher was started again and
+/// has forgotten it.
 pub(super) fn until_over(
     endpoint: &AdminEndpoint,
     pool: &str,

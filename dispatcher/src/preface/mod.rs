@@ -1,5 +1,5 @@
-//! The preface, the first bytes of a connection: finds headers of the PROXY protocol, and after them
-//! the affinity key in HTTP requests and TLS ClientHellos.
+//! The preface, the first bytes of a connection: finds headers of the PROXY protocol, and after
+//! them the affinity key in HTTP requests and TLS ClientHellos.
 //!
 //! It is a pure function of untrusted bytes: for any input the result is a key or a header, "more
 //! bytes needed", or none. It has no state and does no I/O.

@@ -1,5 +1,6 @@
 //! An instant-messaging service: login, private messages, rooms, presence. It runs as any number of
-//! workers; a client is connected to one of them and does not know which, nor that there are others.
+//! workers; a client is connected to one of them and does not know which, nor that there are
+//! others.
 //!
 //! | client to server | |
 //! |---|---|

@@ -1,5 +1,5 @@
-//! The chat behind a real dispatcher, on two workers, with a directory: raw WebSocket clients, and a
-//! real browser.
+//! The chat behind a real dispatcher, on two workers, with a directory: raw WebSocket clients, and
+//! a real browser.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 use std::net::TcpStream;

@@ -15,8 +15,8 @@
 //!
 //! Sequences count up from 1 in each direction of a link, one for each data frame, and every data
 //! frame is answered once, in the order of the sequences. A reader that meets a frame it cannot
-//! decode, or one longer than [`longest`] allows, closes the link: a stream has no place at which to
-//! begin again. On a link to the directory [`longest_forward`] is the bound.
+//! decode, or one longer than [`longest`] allows, closes the link: a stream has no place at which
+//! to begin again. On a link to the directory [`longest_forward`] is the bound.
 
 use crate::wire::WireError;
 

@@ -1,13 +1,13 @@
 //! The records of the relay: between a member and its directory, and between two members.
 //!
-//! A *member* is a worker's connection to the directory, in one namespace. The directory knows which
-//! member has registered an id and which have joined a group, and gives two members a link, a
+//! A *member* is a worker's connection to the directory, in one namespace. The directory knows
+//! which member has registered an id and which have joined a group, and gives two members a link, a
 //! stream socket pair, over which messages travel without it.
 //!
-//! [`ToDirectory`] and [`FromDirectory`] are records of a `SOCK_SEQPACKET` socket, one message each.
-//! [`frame`] has the frames of a link. [`ticket`] has the proof that a process belongs to a pool.
-//! All integers are little-endian. This module owns bytes, bounds and errors; it knows no sockets,
-//! processes or time. Decoding is exact: bytes that are left over are an error.
+//! [`ToDirectory`] and [`FromDirectory`] are records of a `SOCK_SEQPACKET` socket, one message
+//! each. [`frame`] has the frames of a link. [`ticket`] has the proof that a process belongs to a
+//! pool. All integers are little-endian. This module owns bytes, bounds and errors; it knows no
+//! sockets, processes or time. Decoding is exact: bytes that are left over are an error.
 //!
 //! ```
 //! use dispatch_protocol::relay::{FromDirectory, Id, ToDirectory};
@@ -234,7 +234,8 @@ records! {
             /// just started may know only earlier ones, and does not answer with them.
             newest: u64,
             /// Whether that registration has refused a message, so it has ended. The directory may
-            /// not know it yet, and answers with later ones, or, where all receive, with all others.
+            /// not know it yet, and answers with later ones, or, where all receive, with all
+            /// others.
             ended: bool,
         }
         /// Asks for a link to a member of the same host.
@@ -242,7 +243,8 @@ records! {
             /// The other member.
             member: u64,
             /// The number of the last link to it that this member has received on this connection;
-            /// 0 for none. A number that the directory has not given costs the member its connection.
+            /// 0 for none. A number that the directory has not given costs the member its
+            /// connection.
             after: u64,
         }
         /// The member receives messages for a group.

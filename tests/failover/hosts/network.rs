@@ -44,8 +44,8 @@ impl Drop for Holder {
 }
 
 impl Network {
-    /// The network of so many hosts, inside the namespace; none outside, where `test` has run inside already, or has
-    /// been skipped.
+    /// The network of so many hosts, inside the namespace; none outside, where `test` has run
+    /// inside already, or has been skipped.
     pub fn namespaces(test: &str, hosts: usize) -> Option<Network> {
         if std::env::var_os(INSIDE).is_some() {
             return Some(Network::build(hosts));

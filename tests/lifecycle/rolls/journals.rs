@@ -1,4 +1,5 @@
-//! What the next dispatcher knows of a roll that is over, and what it says when it does not know it.
+//! What the next dispatcher knows of a roll that is over, and what it says when it does not know
+//! it.
 
 use super::interrupted::{begin, gated, open_gate, serving};
 use super::*;

@@ -161,8 +161,8 @@ impl ConnectorConfig {
         self
     }
 
-    /// Resolves host names instead of the system's resolver. It runs on a thread of its own, and may
-    /// block.
+    /// Resolves host names instead of the system's resolver. It runs on a thread of its own, and
+    /// may block.
     pub fn resolver(
         mut self,
         resolver: impl Fn(&str, u16) -> io::Result<Vec<SocketAddr>> + Send + Sync + 'static,

@@ -264,8 +264,8 @@ impl<A: Clone + Eq + Hash> Machine<A> {
         chosen
     }
 
-    /// Another address: one that has not failed in this round, also of an earlier list, else the one
-    /// whose failure is longest ago, else the current one.
+    /// Another address: one that has not failed in this round, also of an earlier list, else the
+    /// one whose failure is longest ago, else the current one.
     fn alternative(
         &mut self,
         targets: &mut Targets<A>,

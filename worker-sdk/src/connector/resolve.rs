@@ -1,9 +1,9 @@
 //! Looking up host names with a time limit.
 //!
-//! The system's resolver blocks for as long as its servers are silent. So look-ups run on threads of
-//! their own, which may outlive the wait for them. Their number is bounded; further look-ups wait in
-//! a queue, which is bounded, too. A look-up that could not begin in time says nothing about the
-//! name: its failure is one of this machine.
+//! The system's resolver blocks for as long as its servers are silent. So look-ups run on threads
+//! of their own, which may outlive the wait for them. Their number is bounded; further look-ups
+//! wait in a queue, which is bounded, too. A look-up that could not begin in time says nothing
+//! about the name: its failure is one of this machine.
 
 use std::collections::VecDeque;
 use std::io;

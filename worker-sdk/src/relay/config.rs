@@ -146,14 +146,15 @@ impl RelayConfig {
         self
     }
 
-    /// Bytes in the queue of one registration, membership or watch. One message may exceed it. Default:
-    /// 8 MiB.
+    /// Bytes in the queue of one registration, membership or watch. One message may exceed it.
+    /// Default: 8 MiB.
     pub fn queue_bytes(mut self, bytes: usize) -> RelayConfig {
         self.queue_bytes = bytes;
         self
     }
 
-    /// Bytes in the queues of all registrations, memberships and watches together. Default: 256 MiB.
+    /// Bytes in the queues of all registrations, memberships and watches together. Default: 256
+    /// MiB.
     pub fn queues_bytes(mut self, bytes: usize) -> RelayConfig {
         self.queues_bytes = bytes;
         self

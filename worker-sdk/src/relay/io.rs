@@ -110,8 +110,8 @@ struct Inner {
     control: Control,
     gateway: Option<Gateway>,
     sleep: Sleep,
-    /// Deadlines are looked at for a while after the last one, so that a steady flow of messages need
-    /// not ring the doorbell for each.
+    /// Deadlines are looked at for a while after the last one, so that a steady flow of messages
+    /// need not ring the doorbell for each.
     tick_until: Instant,
     closed: bool,
     start: Option<Arc<Slot<Result<(), Error>>>>,
@@ -411,7 +411,8 @@ impl Inner {
             let record = match FromDirectory::decode(&scratch[..len]) {
                 Ok(record) if record.fds() == fds.len() => record,
                 Ok(FromDirectory::Link { member, number, .. }) => {
-                    // This process has no descriptor left. It asks again for as long as messages wait.
+                    // This process has no descriptor left. It asks again for as long as messages
+                    // wait.
                     log::error!("event=relay_link_lost reason=\"no file descriptor\"");
                     self.engine.link_missed(now, member, number);
                     continue;

@@ -47,8 +47,8 @@ impl Message {
         self.reply_to.is_some()
     }
 
-    /// Replies to a request. A reply is not acknowledged: if the way back is lost later, the requester
-    /// learns it by its timeout.
+    /// Replies to a request. A reply is not acknowledged: if the way back is lost later, the
+    /// requester learns it by its timeout.
     ///
     /// # Errors
     /// [`ReplyError`]: the reply was not sent. One that is longer than `max_message` is reported to

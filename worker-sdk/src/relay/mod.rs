@@ -25,14 +25,14 @@
 //! ```
 //!
 //! **Delivered** means: in the queue of the recipient's registration, from which its worker takes
-//! it. Nothing is stored: a message without a recipient is **not found**. **Backpressure** means that
-//! a queue is full and no process has the message. **Lost** means that it is unknown, because the other
-//! process, or the way to it, ended at the wrong moment. A message arrives at most once, and the
-//! messages of one relay to one id arrive in their order.
+//! it. Nothing is stored: a message without a recipient is **not found**. **Backpressure** means
+//! that a queue is full and no process has the message. **Lost** means that it is unknown, because
+//! the other process, or the way to it, ended at the wrong moment. A message arrives at most once,
+//! and the messages of one relay to one id arrive in their order.
 //!
-//! One thread of the process (`relay`) receives. Connect after forking: in a forked child every call on
-//! the parent's relay fails ([`Outcome::Forked`], [`Error::Forked`]), and dropping its handles does
-//! nothing.
+//! One thread of the process (`relay`) receives. Connect after forking: in a forked child every
+//! call on the parent's relay fails ([`Outcome::Forked`], [`Error::Forked`]), and dropping its
+//! handles does nothing.
 
 mod config;
 mod engine;
@@ -160,8 +160,8 @@ impl Relay {
         pending
     }
 
-    /// Sends to an id without waiting for the outcome, which is only counted ([`stats`](Relay::stats)):
-    /// a message for which there is no room is dropped.
+    /// Sends to an id without waiting for the outcome, which is only counted
+    /// ([`stats`](Relay::stats)): a message for which there is no room is dropped.
     pub fn post(&self, id: &Id, bytes: impl AsRef<[u8]>) {
         self.start_send(id, bytes.as_ref(), Done::Counted);
     }
@@ -300,7 +300,8 @@ impl Relay {
     }
 
     /// A page of the registered ids of the namespace: begin with 0, and go on with
-    /// [`Page::next`] until that is 0. An id that is registered all the time is in exactly one page.
+    /// [`Page::next`] until that is 0. An id that is registered all the time is in exactly one
+    /// page.
     ///
     /// # Errors
     /// [`Error::DirectoryAbsent`], [`Error::Backpressure`], [`Error::Forked`].

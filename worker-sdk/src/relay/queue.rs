@@ -219,7 +219,8 @@ impl<T: Weigh> Receive<'_, T> {
         let changed = &self.queue.changed;
         let mut state = self.queue.lock();
         loop {
-            // Before the time is looked at, so that a wake is never wasted on a thread that gives up.
+            // Before the time is looked at, so that a wake is never wasted on a thread that gives
+            // up.
             if let Some(next) = self.queue.next(&mut state) {
                 return next;
             }

@@ -242,7 +242,8 @@ mod tests {
         }
     }
 
-    /// Serves this body to a client of the SDK, which asks for the list and tries the first address.
+    /// Serves this body to a client of the SDK, which asks for the list and tries the first
+    /// address.
     fn read_by_client(body: Vec<u8>) -> Error {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
         let host = listener.local_addr().expect("an address").to_string();

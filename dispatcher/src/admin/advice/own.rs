@@ -9,8 +9,8 @@ use crate::mailbox::loads::{ListenerAddresses, OwnLoads};
 /// Most workers of a pool that are named with an address of their own.
 const MOST_ADVERTISED: usize = 1024;
 
-/// The records of all pools. A pool without a public address has none: no client could be told where
-/// to connect.
+/// The records of all pools. A pool without a public address has none: no client could be told
+/// where to connect.
 pub(super) fn records(loads: &OwnLoads, listen: SocketAddr) -> OwnAnswer {
     let pools = loads.pools.iter().map(|pool| {
         let addresses = public_addresses(&pool.load.name, &loads.listeners, listen);

@@ -30,8 +30,8 @@ async fn healthz(State(app): State<App>) -> Response {
 }
 
 /// Ready means: every pool with a listener has a usable worker, neither a stop nor a drain of the
-/// host is in progress, and the files of all sockets exist. Back-pressure counts as ready: the pool serves its clients later,
-/// and another dispatcher is not faster.
+/// host is in progress, and the files of all sockets exist. Back-pressure counts as ready: the pool
+/// serves its clients later, and another dispatcher is not faster.
 async fn readyz(State(app): State<App>) -> Response {
     let status = match app.mailbox.status(PATIENCE).await {
         Ok(status) => status,

@@ -19,7 +19,8 @@ use crate::sys;
 /// `SKNLGRP_INET_TCP_DESTROY` and `SKNLGRP_INET6_TCP_DESTROY`, as bits.
 const GROUPS: u32 = 0b101;
 
-/// Room for messages that were not read yet; the kernel may allow less. A message takes about 1 KiB.
+/// Room for messages that were not read yet; the kernel may allow less. A message takes about 1
+/// KiB.
 const ROOM: usize = 8 * 1024 * 1024;
 
 /// Longest message about one socket.
@@ -49,8 +50,8 @@ const PORT: usize = 4;
 /// timer, retransmissions (one byte each), two ports, two addresses of 16 bytes and the interface.
 const COOKIE: usize = 4 + 2 * 2 + 2 * 16 + 4;
 
-/// The inode, after the cookie, the timer, two queue lengths and the user. It is 0 if no process has
-/// the socket: what is left of it only completes the end of the connection.
+/// The inode, after the cookie, the timer, two queue lengths and the user. It is 0 if no process
+/// has the socket: what is left of it only completes the end of the connection.
 const INODE: usize = COOKIE + 8 + 4 * 4;
 
 /// The netlink socket.

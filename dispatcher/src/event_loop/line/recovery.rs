@@ -69,8 +69,8 @@ fn recovery(
     }
     match is_untouched(fd, read) {
         Some(false) => Recovery::Read,
-        // What is still in a socket that is open can be read later: a process that has died may have
-        // left the socket to another one.
+        // What is still in a socket that is open can be read later: a process that has died may
+        // have left the socket to another one.
         Some(true) if closed && held.is_some() => Recovery::Untouched,
         Some(true) | None => Recovery::Unknown,
     }

@@ -132,9 +132,9 @@ impl Stream {
         Received::Bytes(last)
     }
 
-    /// Whether the worker has read everything, once the end of the stream was seen. A stream that was
-    /// only shut down has an end, too, while messages are in it; and a close that destroys messages
-    /// is told once, by an error.
+    /// Whether the worker has read everything, once the end of the stream was seen. A stream that
+    /// was only shut down has an end, too, while messages are in it; and a close that destroys
+    /// messages is told once, by an error.
     pub(super) fn has_read_all(&mut self, rubbish: &mut Vec<OwnedFd>) -> bool {
         // In this order: what is destroyed between the two gives the error.
         let empty = sys::unread_by_peer(&self.socket).is_ok_and(|unread| unread == 0);

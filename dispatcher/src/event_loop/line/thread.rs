@@ -3,10 +3,10 @@
 //! A report can carry descriptors, and closing them may block: see the handshake thread, which has
 //! the same reason to be a thread of its own.
 //!
-//! Bounds: `join_rate` and `join_burst` for each user, `max_handshakes` and `max_pending_hellos` for
-//! streams without a report, a time for the first report, [`MAILBOX`](super::MAILBOX) events, and so
-//! much of each stream in one round. This thread may wait for the hot thread; the hot thread never
-//! waits for this thread.
+//! Bounds: `join_rate` and `join_burst` for each user, `max_handshakes` and `max_pending_hellos`
+//! for streams without a report, a time for the first report, [`MAILBOX`](super::MAILBOX) events,
+//! and so much of each stream in one round. This thread may wait for the hot thread; the hot thread
+//! never waits for this thread.
 
 use std::collections::VecDeque;
 use std::io;

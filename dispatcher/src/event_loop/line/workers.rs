@@ -132,8 +132,8 @@ impl LineIo {
         Some(conn)
     }
 
-    /// What the worker's socket holds; `None` if nothing is known about that, because its end of the
-    /// stream is closed: the kernel then destroys what was not read.
+    /// What the worker's socket holds; `None` if nothing is known about that, because its end of
+    /// the stream is closed: the kernel then destroys what was not read.
     ///
     /// The kernel marks this end before it destroys anything, so what was counted before the mark
     /// was not there was counted right.

@@ -31,8 +31,8 @@ pub struct Stats {
     pub refused: u64,
     /// Look-ups at the directory.
     pub lookups: u64,
-    /// Replies that were dropped, because they were too long, or the link to the requester was full or
-    /// gone.
+    /// Replies that were dropped, because they were too long, or the link to the requester was full
+    /// or gone.
     pub replies_dropped: u64,
     /// Groups whose members are known now, because something was sent to them.
     pub groups: u64,

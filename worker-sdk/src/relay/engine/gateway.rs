@@ -1,8 +1,8 @@
 //! Members of other hosts: frames that the directory forwards, in exchanges that have epochs.
 //!
-//! An epoch follows the wall clock, so that of a later process of the same member is larger, and what
-//! arrives late of an earlier one is recognized. A member whose epoch is behind, because its clock
-//! was set back, is told the epoch that it must exceed.
+//! An epoch follows the wall clock, so that of a later process of the same member is larger, and
+//! what arrives late of an earlier one is recognized. A member whose epoch is behind, because its
+//! clock was set back, is told the epoch that it must exceed.
 
 use dispatch_protocol::relay::frame::{self, Frame};
 use dispatch_protocol::wire::WireError;

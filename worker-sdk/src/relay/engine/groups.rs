@@ -103,8 +103,8 @@ impl GroupOperation {
 /// What is known of a group.
 #[derive(Default)]
 pub(super) struct View {
-    /// Whether a list has begun since the group was subscribed to; what the directory has sent before
-    /// belongs to an earlier subscription.
+    /// Whether a list has begun since the group was subscribed to; what the directory has sent
+    /// before belongs to an earlier subscription.
     begun: bool,
     /// Whether the list is complete.
     complete: bool,

@@ -175,8 +175,8 @@ pub(super) struct Engine {
     pub(super) peers: HashMap<u64, Peer>,
     /// By member: the number of the last link to it.
     last_links: HashMap<u64, u64>,
-    /// Members of other hosts whose epoch cannot be followed: host, member, epoch, and the epoch that
-    /// its next one must exceed.
+    /// Members of other hosts whose epoch cannot be followed: host, member, epoch, and the epoch
+    /// that its next one must exceed.
     resets: Vec<(u64, u64, u64, u64)>,
     /// Members whose links have bytes to send.
     pub(super) dirty: Vec<u64>,
@@ -220,8 +220,8 @@ impl From<Status> for Verdict {
 }
 
 impl Engine {
-    /// `own` is a random number, not 0; `wall` the wall clock at the steady clock's 0, in microseconds
-    /// since 1970.
+    /// `own` is a random number, not 0; `wall` the wall clock at the steady clock's 0, in
+    /// microseconds since 1970.
     pub(super) fn new(settings: Settings, own: u64, wall: u64) -> Engine {
         Engine {
             settings,
@@ -348,8 +348,8 @@ impl Engine {
         self.control_bytes = 0;
     }
 
-    /// Whether the directory has not read for so long that its connection must be given up; it is told
-    /// everything again when it returns.
+    /// Whether the directory has not read for so long that its connection must be given up; it is
+    /// told everything again when it returns.
     pub(super) fn has_too_many_records(&self) -> bool {
         self.control_bytes > self.control_limit
     }
@@ -407,8 +407,8 @@ impl Engine {
         !matches!(done, Done::Request(..)) || self.replies.len() < self.settings.requests
     }
 
-    /// The application's reply to a message of a member; `None` if it gives none. A reply that is too
-    /// long is replaced by a word that says so.
+    /// The application's reply to a message of a member; `None` if it gives none. A reply that is
+    /// too long is replaced by a word that says so.
     pub(super) fn reply(&mut self, to: &ReplyTo, payload: Option<&[u8]>) -> Result<(), ReplyError> {
         let own = to.member == self.own;
         let peer = self.peers.get_mut(&to.member).filter(|peer| peer.is(to.generation));

@@ -32,7 +32,8 @@ pub(crate) struct Peer {
     pub(super) max_message: usize,
     /// When the directory is asked again for a link that has not come.
     pub(super) ask_at: u64,
-    /// Distinguishes links to the same member; later ones are larger, also those of a later process.
+    /// Distinguishes links to the same member; later ones are larger, also those of a later
+    /// process.
     pub(super) generation: u64,
     /// The other member's generation, if frames are forwarded; 0 until it is known.
     pub(super) other: u64,
@@ -201,8 +202,8 @@ impl Peer {
     }
 
     /// The other member has answered the message with this sequence, which must be the next one:
-    /// each is answered once, in their order, so the work for an answer is bounded by what was sent.
-    /// Returns the message unless it has an outcome already.
+    /// each is answered once, in their order, so the work for an answer is bounded by what was
+    /// sent. Returns the message unless it has an outcome already.
     pub(super) fn answered(&mut self, sequence: u64) -> Result<Option<Outbound>, FrameError> {
         if sequence != self.first {
             return Err(FrameError::Answer);

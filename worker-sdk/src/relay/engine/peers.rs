@@ -174,7 +174,8 @@ impl Engine {
                 match verdict {
                     Verdict::Delivered => peer.note(sequence, Status::Delivered),
                     Verdict::Full => peer.note(sequence, Status::Full),
-                    // A delivery in this process is one of three; nothing else says that it arrived.
+                    // A delivery in this process is one of three; nothing else says that it
+                    // arrived.
                     Verdict::NotHere | Verdict::Lost | Verdict::Unsent | Verdict::TooLong => {
                         peer.note(sequence, Status::NotHere);
                     }

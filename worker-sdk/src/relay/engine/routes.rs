@@ -20,8 +20,8 @@ pub(super) struct Route {
     again: VecDeque<Outbound>,
     /// Messages on their way.
     in_flight: u32,
-    /// The newest registration that was known; 0 for none. A directory that has just started may for
-    /// a moment know only an older one: what goes there would be out of order.
+    /// The newest registration that was known; 0 for none. A directory that has just started may
+    /// for a moment know only an older one: what goes there would be out of order.
     newest: u64,
     /// Whether that one has refused a message, so it has ended.
     ended: bool,
