@@ -28,7 +28,7 @@ pub(super) fn run(request: &Request, bytes: u64) -> io::Result<Metrics> {
     let gib = (count * CHUNK as u64) as f64 / f64::from(1 << 30);
     let mut metrics = Metrics::new();
     metrics.insert("rate".to_owned(), gib / used.elapsed.as_secs_f64());
-    used.add_to(&mut metrics, gib);
+    used.add_to(&mut metrics, gib, 1);
     for role in ["cpu_front", "cpu_workers", "cpu_load"] {
         // Milliseconds per GiB rather than microseconds.
         if let Some(value) = metrics.get_mut(role) {

@@ -79,7 +79,7 @@ pub(super) fn run(request: &Request, plan: &Plan) -> io::Result<Metrics> {
     let gained: Vec<u64> =
         crowd.counts.iter().zip(&before).map(|(now, then)| now.saturating_sub(*then)).collect();
     add(&mut metrics, "burst_", Evenness::of(&gained));
-    meter.read().add_to(&mut metrics, crowd.opened as f64);
+    meter.read().add_to(&mut metrics, crowd.opened as f64, 1);
     drop(burst);
     Ok(metrics)
 }

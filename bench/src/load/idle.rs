@@ -33,7 +33,7 @@ pub(super) fn run(request: &Request, count: usize, pause: Duration) -> io::Resul
     }
     let used = meter.read();
     let mut metrics = Metrics::new();
-    used.add_to(&mut metrics, (count + count / 10) as f64);
+    used.add_to(&mut metrics, (count + count / 10) as f64, 1);
     add_percentiles(&mut metrics, "", latencies);
     add_percentiles(&mut metrics, "fin_", fins);
     Ok(metrics)

@@ -51,7 +51,8 @@ pub enum Role {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Job {
     /// `clients` at a time connect, read a byte and reset; with `fin` they wait for the end first.
-    Short { clients: usize, fin: bool, warm: Duration, time: Duration },
+    /// Each of the threads has as many of them.
+    Short { clients: usize, threads: usize, fin: bool, warm: Duration, time: Duration },
     /// One client at a time, with pauses in which all processes fall asleep.
     Idle { count: usize, pause: Duration },
     /// One connection, 64 KiB for each byte sent.
@@ -79,8 +80,8 @@ pub fn run(request: &str) -> io::Result<()> {
     machine::raise_descriptors();
     let request: Request = serde_json::from_str(request)?;
     let metrics = match &request.job {
-        Job::Short { clients, fin, warm, time } => {
-            short::run(&request, *clients, *fin, *warm, *time)
+        Job::Short { clients, threads, fin, warm, time } => {
+            short::run(&request, (*clients, *threads), *fin, *warm, *time)
         }
         Job::Idle { count, pause } => idle::run(&request, *count, *pause),
         Job::Bulk { bytes } => bulk::run(&request, *bytes),
@@ -161,14 +162,15 @@ fn sleeps(processes: &[Process]) -> u64 {
 }
 
 impl CpuUse {
-    /// Adds the figures per `unit` of work done, in microseconds, and how busy the generator was.
-    fn add_to(&self, metrics: &mut Metrics, units: f64) {
+    /// Adds the figures per `unit` of work done, in microseconds, and how busy the threads of the
+    /// generator were.
+    fn add_to(&self, metrics: &mut Metrics, units: f64, threads: usize) {
         let micros = |time: Duration| time.as_secs_f64() * 1e6 / units;
         metrics.insert("cpu_front".to_owned(), micros(self.front));
         metrics.insert("cpu_workers".to_owned(), micros(self.workers));
         metrics.insert("cpu_load".to_owned(), micros(self.load));
         metrics.insert("worker_sleeps".to_owned(), self.worker_sleeps as f64 / units);
-        let busy = self.load.as_secs_f64() / self.elapsed.as_secs_f64();
+        let busy = self.load.as_secs_f64() / self.elapsed.as_secs_f64() / threads as f64;
         metrics.insert("load_busy".to_owned(), busy);
     }
 }

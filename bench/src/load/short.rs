@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
@@ -31,48 +32,80 @@ struct Clients<'a> {
     failed: u64,
 }
 
+/// What the threads do.
+const WARMS_UP: u8 = 0;
+const MEASURES: u8 = 1;
+const ENDS: u8 = 2;
+
 pub(super) fn run(
     request: &Request,
-    clients: usize,
+    (clients, threads): (usize, usize),
     fin: bool,
     warm: Duration,
     time: Duration,
 ) -> io::Result<Metrics> {
-    let mut all = Clients {
-        addresses: &request.addresses,
-        epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
-        fin,
-        next: 0,
-        latencies: Vec::with_capacity(1 << 20),
-        fins: Vec::with_capacity(if fin { 1 << 20 } else { 0 }),
-        failed: 0,
-    };
-    let mut slots = (0..clients).map(|at| all.connect(at)).collect::<io::Result<Vec<Slot>>>()?;
-    let begin = Instant::now();
-    while begin.elapsed() < warm {
-        all.turn(&mut slots)?;
+    let phase = AtomicU8::new(WARMS_UP);
+    let (used, all) = std::thread::scope(|scope| {
+        let each = || Clients::new(&request.addresses, fin)?.serve(clients / threads, &phase);
+        let running: Vec<_> = (0..threads).map(|_| scope.spawn(each)).collect();
+        std::thread::sleep(warm);
+        phase.store(MEASURES, Ordering::Relaxed);
+        let meter = CpuMeter::start(&request.processes);
+        std::thread::sleep(time);
+        phase.store(ENDS, Ordering::Relaxed);
+        let used = meter.read();
+        let ended = running.into_iter().map(|thread| {
+            thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread has panicked")))
+        });
+        ended.collect::<io::Result<Vec<Clients<'_>>>>().map(|all| (used, all))
+    })?;
+    let failed: u64 = all.iter().map(|clients| clients.failed).sum();
+    let (mut latencies, mut fins) = (Vec::new(), Vec::new());
+    for mut clients in all {
+        latencies.append(&mut clients.latencies);
+        fins.append(&mut clients.fins);
     }
-    all.latencies.clear();
-    all.fins.clear();
-    all.failed = 0;
-    let meter = CpuMeter::start(&request.processes);
-    while meter.since.elapsed() < time {
-        all.turn(&mut slots)?;
-    }
-    let used = meter.read();
-    let count = all.latencies.len() as f64;
+    let count = latencies.len() as f64;
     let mut metrics = Metrics::new();
     metrics.insert("rate".to_owned(), count / used.elapsed.as_secs_f64());
-    metrics.insert("failed".to_owned(), all.failed as f64);
-    used.add_to(&mut metrics, count.max(1.0));
-    add_percentiles(&mut metrics, "", all.latencies);
+    metrics.insert("failed".to_owned(), failed as f64);
+    used.add_to(&mut metrics, count.max(1.0), threads);
+    add_percentiles(&mut metrics, "", latencies);
     if fin {
-        add_percentiles(&mut metrics, "fin_", all.fins);
+        add_percentiles(&mut metrics, "fin_", fins);
     }
     Ok(metrics)
 }
 
 impl Clients<'_> {
+    fn new(addresses: &[SocketAddr], fin: bool) -> io::Result<Clients<'_>> {
+        Ok(Clients {
+            addresses,
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            fin,
+            next: 0,
+            latencies: Vec::with_capacity(1 << 20),
+            fins: Vec::with_capacity(if fin { 1 << 20 } else { 0 }),
+            failed: 0,
+        })
+    }
+
+    /// Runs so many clients, and returns what was measured.
+    fn serve(mut self, clients: usize, phase: &AtomicU8) -> io::Result<Self> {
+        let mut slots =
+            (0..clients).map(|at| self.connect(at)).collect::<io::Result<Vec<Slot>>>()?;
+        while phase.load(Ordering::Relaxed) == WARMS_UP {
+            self.turn(&mut slots)?;
+        }
+        self.latencies.clear();
+        self.fins.clear();
+        self.failed = 0;
+        while phase.load(Ordering::Relaxed) == MEASURES {
+            self.turn(&mut slots)?;
+        }
+        Ok(self)
+    }
+
     fn connect(&mut self, at: usize) -> io::Result<Slot> {
         let fd = client_socket(true)?;
         let address = &self.addresses[self.next];

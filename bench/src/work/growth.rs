@@ -49,7 +49,7 @@ pub(super) fn cases(plan: &Plan) -> Vec<Case> {
             Serve::Byte,
             listeners,
             workers,
-            &Job::Short { clients: 64, fin: false, warm, time },
+            &Job::Short { clients: 64, threads: 1, fin: false, warm, time },
         ),
     };
     let ends = [workers[0], workers[workers.len() - 1]];

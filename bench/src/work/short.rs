@@ -41,7 +41,7 @@ pub(super) fn cases(plan: &Plan, fin: bool) -> Vec<Case> {
                 &columns,
                 plan.contenders(),
                 &Setup::new(serve, 2),
-                &Job::Short { clients, fin, warm, time },
+                &Job::Short { clients, threads: 1, fin, warm, time },
             )
         })
         .into()
