@@ -44,6 +44,9 @@ struct MeasureArgs {
     /// Number of rounds; each contender has one turn in each. Default: 5, or 1 with --quick.
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
+    /// Threads that connect in the work `steer`.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..))]
+    threads: u8,
     /// Directory for `results.json`, `tables.md` and `chart.svg`; created if it does not exist.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -105,6 +108,7 @@ fn measure(args: MeasureArgs) -> io::Result<()> {
         only: args.only,
         quick: args.quick,
         rounds: args.rounds.unwrap_or(if args.quick { 1 } else { 5 }).max(1),
+        threads: usize::from(args.threads),
         out: args.out,
         dispatcher,
     })

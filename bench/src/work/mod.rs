@@ -75,6 +75,8 @@ pub struct Plan {
     pub only: Vec<String>,
     pub quick: bool,
     pub rounds: usize,
+    /// Threads that connect, in the work `steer`.
+    pub threads: usize,
     pub out: Option<PathBuf>,
     pub dispatcher: PathBuf,
 }

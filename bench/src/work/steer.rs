@@ -43,7 +43,7 @@ fn job(plan: &Plan, clients: usize) -> Job {
     };
     // Over the loopback device a thread that connects does the kernel's part for the new connection,
     // too: with one thread this would be the limit.
-    let threads = 2.min(clients.max(1));
+    let threads = plan.threads.min(clients.max(1));
     Job::Short { clients, threads, fin: false, warm, time }
 }
 
