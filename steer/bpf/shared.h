@@ -91,7 +91,8 @@ struct {
 	__type(value, __u32);
 } moved SEC(".maps");
 
-/* By the client's end of a connection that the loader makes: the worker that it is for. */
+/* By the client's end of a connection that the loader makes: the worker that it is for. As long as it
+ * has an entry it does not move to another one. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -259,15 +260,17 @@ __noinline int migrate(struct sk_reuseport_md *ctx, __u32 group, __u32 is_v6)
 	struct steer_settings *conf;
 	struct steer_state *st;
 	struct steer_moves *m;
+	struct steer_shared_settings *own;
 	struct bpf_sock *sk, *listener = ctx->sk;
 	__u32 zero = 0, is_request;
 	int worker;
 
+	own = bpf_map_lookup_elem(&shared, &zero);
 	conf = bpf_map_lookup_elem(&settings, &zero);
 	st = bpf_map_lookup_elem(&state, &zero);
 	m = bpf_map_lookup_elem(&moves, &zero);
 	choice = bpf_map_lookup_elem(&choices, &zero);
-	if (!conf || !st || !m || !choice)
+	if (!own || !conf || !st || !m || !choice)
 		return SK_DROP;
 	sk = ctx->migrating_sk;
 	if (!sk)
@@ -279,6 +282,9 @@ __noinline int migrate(struct sk_reuseport_md *ctx, __u32 group, __u32 is_v6)
 	/* The request of an IPv4 client at an IPv6 listener has an IPv4 address. */
 	if (is_request && is_v6 && !bpf_map_lookup_elem(&remotes, &remote))
 		read_ip(remote.ip, sk, dst, 0);
+	/* It is for one worker only. */
+	if (own->directs && bpf_map_lookup_elem(&directed, &remote))
+		return SK_DROP;
 	prepare(choice, conf, st, &remote, SECOND(now), is_v6);
 	worker = select_best(ctx, group);
 	if (worker >= 0 && choice->policy == STEER_ROUND_ROBIN)

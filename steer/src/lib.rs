@@ -41,7 +41,7 @@ pub use layout::{
 pub use pins::remove as remove_pins;
 pub use policy::Policy;
 pub use reconcile::{Correction, Count};
-pub use shared::{Moves, PlainListener, Probe, Probed};
+pub use shared::{Direct, Moves, PlainListener, Probe, Probed};
 pub use steering::{Options, Steering, Writer, second};
 
 /// The compiled programs.

@@ -30,7 +30,7 @@ pub use maps::Moves;
 use maps::{Chooser, MAX_GROUPS};
 pub(crate) use maps::{SharedMaps, SharedSettings, load_programs};
 pub use plain::PlainListener;
-pub use probe::{Probe, Probed};
+pub use probe::{Direct, Probe, Probed};
 
 /// What a pool with shared ports has more than others.
 #[derive(Debug)]

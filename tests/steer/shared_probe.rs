@@ -3,7 +3,7 @@
 use std::net::{Ipv6Addr, SocketAddr, TcpStream};
 
 use aya::maps::{HashMap, Map, MapData};
-use dispatch_steer::{Error, Probed, Steering, WorkerSettings};
+use dispatch_steer::{Direct, Error, Probed, Steering, WorkerSettings};
 use nix::sys::signal::Signal;
 use test_support::{wait_for, wait_until};
 
@@ -34,7 +34,8 @@ fn a_probe_is_for_its_worker_and_tells_when_it_accepts() {
     lab.empty();
 }
 
-/// Also while the policy gives the worker nothing; with a full queue it says so.
+/// Also while the policy gives the worker nothing. A full queue is an error; what is in it goes to no
+/// other worker.
 #[test]
 fn a_connection_past_the_policy_is_for_its_worker() {
     let Some(mut lab) = Lab::without_heirs(std::time::Duration::ZERO) else { return };
@@ -45,11 +46,13 @@ fn a_connection_past_the_policy_is_for_its_worker() {
     }
     let draining = WorkerSettings { draining: 1, ..WorkerSettings::new(1) };
     lab.steering().set_worker(1, draining).unwrap();
-    let mut made: Vec<TcpStream> =
-        (0..5).map(|_| lab.steering().connect_to(1).unwrap().into()).collect();
-    for stream in &mut made {
+    let mut made: Vec<(TcpStream, Direct)> = Vec::new();
+    for _ in 0..5 {
+        let (fd, direct) = lab.steering().connect_to(1).unwrap();
+        let mut stream = TcpStream::from(fd);
         stream.set_nonblocking(false).unwrap();
-        read_hello(stream);
+        read_hello(&mut stream);
+        made.push((stream, direct));
     }
     assert_eq!(lab.live(), [0, 5]);
     let held: Vec<TcpStream> = (0..5).map(|_| connect(V4)).collect();
@@ -66,8 +69,26 @@ fn a_connection_past_the_policy_is_for_its_worker() {
         Err(error) => Some(error.to_string()),
     });
     assert!(full.contains("connect to the worker"), "{full}");
+
+    // No other worker gets them, unless it does not matter any more.
+    let waiting = queued.len();
+    let (other, over) = queued.pop().unwrap();
+    lab.steering().end_direct(over).unwrap();
+    lab.steering().move_queue(1).unwrap();
+    let mut other = TcpStream::from(other);
+    other.set_nonblocking(false).unwrap();
+    read_hello(&mut other);
+    assert_eq!(lab.live(), [6, 5], "{waiting} have waited");
+    for (fd, _) in &queued {
+        let end = rustix::net::recv(fd, &mut [0; 1], rustix::net::RecvFlags::DONTWAIT);
+        assert_eq!(end.unwrap_err(), rustix::io::Errno::CONNRESET);
+    }
     lab.signal(1, Signal::SIGCONT);
-    drop((made, held, queued));
+    drop((held, other));
+    let made = made.into_iter().map(|(stream, direct)| (stream.into(), direct));
+    for (_, direct) in made.chain(queued) {
+        lab.steering().end_direct(direct).unwrap();
+    }
     lab.empty();
 }
 

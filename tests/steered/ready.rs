@@ -10,10 +10,10 @@ use test_support::{Dispatcher, PATIENCE, wait_until};
 
 use crate::place::*;
 
-/// An HTTP server. It answers `/health` with the status that a file has, and other paths with
+/// An HTTP server, unless it stalls: then it accepts one connection, and no more. It answers `/health` with the status that a file has, and other paths with
 /// `hello` and its process id; it writes down who was asked for `/health`.
 const SERVER: &str = r#"
-import os, socket, sys
+import os, socket, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 folder = sys.argv[1]
 class Handler(BaseHTTPRequestHandler):
@@ -34,6 +34,9 @@ if sys.argv[2] == "fd":
     server.server_name, server.server_port = "", 0
 else:
     server = ThreadingHTTPServer((sys.argv[2], int(sys.argv[3])), Handler)
+if os.path.exists(folder + "/stalls"):
+    server.socket.accept()
+    time.sleep(600)
 server.serve_forever()
 "#;
 
@@ -41,7 +44,7 @@ server.serve_forever()
 fn start(ports: &str, timeout: &str, health: &str) -> Dispatcher {
     let arguments = if ports == "own" { ["{addr}", "{port}"] } else { ["fd", "{fd}"] };
     let dispatcher = Dispatcher::start(&format!(
-        "{}[pool.web]\nmode = \"steer\"\nports = {ports:?}\n[pool.web.spawn]\nprocesses = 2\n\
+        "{}[pool.web]\nmode = \"steer\"\nports = {ports:?}\nhandoff_timeout = \"200ms\"\n[pool.web.spawn]\nprocesses = 2\n\
          command = [\"python3\", \"-c\", {}, \"DIR\", {:?}, {:?}]\n\
          ready_check = \"/health\"\nready_timeout = {timeout:?}\n",
         listener(),
@@ -121,4 +124,20 @@ fn a_version_that_answers_badly_replaces_none() {
         });
         assert_eq!((checks(&status), status.pools[0].workers.len()), ((0, 1), 2), "{ports}");
     }
+}
+
+/// What waits in the queue of a worker that does not accept moves to others. A check does not: their
+/// answer is not that of the new process.
+#[test]
+fn a_process_that_does_not_accept_is_not_ready_because_another_one_answers() {
+    if !enter() {
+        return;
+    }
+    let dispatcher = start("shared", "2s", "200");
+    let before = processes_of(&dispatcher.status().pools[0]);
+    std::fs::write(dispatcher.dir.join("stalls"), "").unwrap();
+    let refusal = refused(&dispatcher, &["restart", "web", "--wait"]);
+    assert!(refusal.contains("is not ready: "), "{refusal}");
+    assert!((0..20).all(|_| before.contains(&ask())));
+    assert_eq!(checks(&dispatcher.status()), (0, 1));
 }

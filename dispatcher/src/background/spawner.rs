@@ -36,7 +36,9 @@ use self::leader::Found;
 pub(crate) use self::leader::UNKNOWN;
 pub use self::listeners::Listeners;
 pub use self::output::{LastOutput, OutputLine, Stream, lost_lines};
-pub use self::ready_check::{CheckConnection, CheckFate, CheckNeed, CheckRequest, Reach};
+pub use self::ready_check::{
+    CheckConnection, CheckFate, CheckNeed, CheckRequest, DirectConnection, Reach,
+};
 use self::reaper::Own;
 use self::stops::{Stop, Stops};
 use crate::background::service_manager::unit::{self, StopKind, Unit};

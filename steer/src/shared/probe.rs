@@ -28,6 +28,12 @@ pub struct Probe {
     key: Remote,
 }
 
+/// Keeps a connection of [`Steering::connect_to`] at its worker. To be ended with
+/// [`Steering::end_direct`].
+#[derive(Debug)]
+#[must_use]
+pub struct Direct(Remote);
+
 /// How long [`Steering::connect_to`] waits.
 const CONNECTED_WITHIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
 
@@ -75,26 +81,38 @@ impl Steering {
         }
     }
 
-    /// A connection to a worker, past the policy, in non-blocking mode. It counts as any other.
+    /// A connection to a worker, past the policy, in non-blocking mode. It counts as any other. No
+    /// other worker gets it, until [`Steering::end_direct`]: if the worker's queue is moved, it is
+    /// reset.
     ///
     /// # Errors
     ///
     /// As [`Steering::probe`]; also [`Error::System`] if the kernel has no room for it in the
     /// worker's queue.
-    pub fn connect_to(&mut self, worker: u32) -> Result<OwnedFd, Error> {
+    pub fn connect_to(&mut self, worker: u32) -> Result<(OwnedFd, Direct), Error> {
         let Probe { socket, key, .. } = self.probe(worker)?;
         // Over the loopback device it is complete already, unless its SYN was dropped.
         let waited = poll(&mut [PollFd::new(&socket, PollFlags::OUT)], Some(&CONNECTED_WITHIN));
-        self.sharing()?.maps.direct_no_more(&key)?;
         let connected = waited.and_then(|_| getpeername(&socket).map(drop));
-        connected.map_err(|error| Error::System {
-            step: "connect to the worker",
-            error: match error {
+        if let Err(error) = connected {
+            self.end_direct(Direct(key))?;
+            let error = match error {
                 Errno::NOTCONN => std::io::ErrorKind::TimedOut.into(),
                 error => error.into(),
-            },
-        })?;
-        Ok(socket)
+            };
+            return Err(Error::System { step: "connect to the worker", error });
+        }
+        Ok((socket, Direct(key)))
+    }
+
+    /// The connection is over.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] if the kernel fails.
+    #[expect(clippy::needless_pass_by_value, reason = "it is not to be used again")]
+    pub fn end_direct(&mut self, direct: Direct) -> Result<(), Error> {
+        self.sharing()?.maps.direct_no_more(&direct.0)
     }
 
     /// Whether the worker has accepted the connection.

@@ -57,10 +57,19 @@ pub enum CheckNeed {
     Directed {
         /// The process.
         process: ProcessId,
-        /// Receives a connection to its worker, in non-blocking mode, or why there is none. Dropped
-        /// if the process has ended, or gets no clients any more: its check is over.
-        connection: oneshot::Sender<Result<OwnedFd, String>>,
+        /// Receives a connection to its worker, or why there is none. Dropped if the process has
+        /// ended, or gets no clients any more: its check is over.
+        connection: oneshot::Sender<Result<DirectConnection, String>>,
     },
+}
+
+/// A connection to the worker of a process that shares its port.
+#[derive(Debug)]
+pub struct DirectConnection {
+    /// The check's end, in non-blocking mode.
+    pub fd: OwnedFd,
+    /// No other worker gets the connection until it is dropped.
+    pub guard: oneshot::Sender<()>,
 }
 
 /// A connection for the worker of a process.
@@ -137,10 +146,16 @@ async fn attempt(
     needs: &CheckNeeds,
     reports: &Reports,
 ) -> Result<(), Failed> {
+    let mut _guard = None;
     let own = match request.reach {
         Reach::Passed => pass(request, needs, reports).await?,
         Reach::At(address) => connect_to(address).await?,
-        Reach::Directed => direct(request, needs, reports).await?,
+        Reach::Directed => {
+            let DirectConnection { fd, guard } = direct(request, needs, reports).await?;
+            _guard = Some(guard);
+            let stream = TcpStream::from_std(fd.into());
+            stream.map_err(|error| Failed::Because(format!("its connection: {error}")))?
+        }
     };
     match &request.check {
         ReadyCheck::None | ReadyCheck::Tcp => Ok(()),
@@ -164,14 +179,12 @@ async fn direct(
     request: &CheckRequest,
     needs: &CheckNeeds,
     reports: &Reports,
-) -> Result<TcpStream, Failed> {
+) -> Result<DirectConnection, Failed> {
     let (sender, connection) = oneshot::channel();
     let need = CheckNeed::Directed { process: request.process, connection: sender };
     needs.send(need).map_err(|_| Failed::Over)?;
     (reports.wake)();
-    let connected = connection.await.map_err(|_| Failed::Over)?.map_err(Failed::Because)?;
-    let stream = TcpStream::from_std(connected.into());
-    stream.map_err(|error| Failed::Because(format!("its connection cannot be used: {error}")))
+    connection.await.map_err(|_| Failed::Over)?.map_err(Failed::Because)
 }
 
 /// Has the event loop send the worker a connection, and waits until its application has taken it.

@@ -41,6 +41,9 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
 
+use tokio::sync::oneshot;
+
+use crate::background::spawner::DirectConnection;
 use crate::wake::Wake;
 use dispatcher_core::{Policy, PoolId, ProcessId, SteerCounts, SteerSettings, WorkerId};
 
@@ -104,7 +107,7 @@ pub(super) enum Holder {
 }
 
 /// Receives a connection to a worker, or why there is none.
-pub(super) type Connected = tokio::sync::oneshot::Sender<Result<OwnedFd, String>>;
+pub(super) type Connected = oneshot::Sender<Result<DirectConnection, String>>;
 
 /// What the hot thread asks the thread to do.
 #[derive(Debug)]

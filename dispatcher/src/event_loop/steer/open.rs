@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use dispatch_steer::{Options, Steering};
+use dispatch_steer::{Error, Options, Steering};
 
-use super::thread::PoolMaps;
+use super::thread::{Known, PoolMaps};
 use super::{Opened, PoolSpec, pin_name};
 use crate::background::logger::{quoted, value};
 
@@ -110,4 +110,22 @@ fn pin(
 fn make_directory(path: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+impl PoolMaps {
+    /// The slots of an earlier dispatcher.
+    fn recover(&mut self) -> Result<(), Error> {
+        if self.spec.shared {
+            return self.recover_shared();
+        }
+        for (address, number) in self.steering.addresses()? {
+            // A worker has several addresses with one port.
+            let known = self.slots.entry(number).or_insert_with(|| Known::new(address));
+            known.freed = true;
+            if address.ip() == self.spec.ip {
+                known.address = address;
+            }
+        }
+        Ok(())
+    }
 }

@@ -12,12 +12,15 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use dispatch_steer::{Error, MAX_WORKERS, Probe, Probed, WorkerSettings};
+use dispatch_steer::{Direct, Error, MAX_WORKERS, Probe, Probed, WorkerSettings};
 use dispatcher_core::SteerCounts;
+use tokio::sync::oneshot::{self, error::TryRecvError};
 
+use super::Connected;
 use super::sample::{sockets_of, tree_of};
 use super::thread::{Known, PoolMaps};
 use crate::background::logger::{quoted, value};
+use crate::background::spawner::DirectConnection;
 
 /// The backlog of each listener; the kernel caps it at `net.core.somaxconn`.
 pub(super) const BACKLOG: u32 = 4096;
@@ -39,6 +42,9 @@ pub(super) struct Shared {
     /// The process has closed its listener.
     pub(super) closed: bool,
 }
+
+/// Connections to certain workers, and what tells that one is over.
+pub(super) type Directs = Vec<(Direct, oneshot::Receiver<()>)>;
 
 /// How long a process does not accept before that is looked for, and how often.
 const LOOK: Duration = Duration::from_secs(1);
@@ -128,9 +134,33 @@ impl PoolMaps {
         }
     }
 
+    /// Makes a connection to a worker.
+    pub(super) fn connect(&mut self, number: u32, connected: Connected) {
+        let connection = self.steering.connect_to(number).map(|(fd, direct)| {
+            let (guard, over) = oneshot::channel();
+            self.directs.push((direct, over));
+            DirectConnection { fd, guard }
+        });
+        // The check may have ended.
+        let _ = connected.send(connection.map_err(|error| error.to_string()));
+    }
+
+    /// Lets those connections go that are over.
+    fn end_directs(&mut self) -> Result<(), Error> {
+        let mut ended = Ok(());
+        for (direct, mut over) in std::mem::take(&mut self.directs) {
+            match over.try_recv() {
+                Err(TryRecvError::Empty) => self.directs.push((direct, over)),
+                _ => ended = ended.and(self.steering.end_direct(direct)),
+            }
+        }
+        ended
+    }
+
     /// Looks whether workers have accepted the connections to them, and after listeners that wait
     /// for a process.
     pub(super) fn watch_shared(&mut self) -> Result<(), Error> {
+        self.end_directs()?;
         let numbers: Vec<u32> = self.slots.keys().copied().collect();
         for number in numbers {
             let known = self.slots.get_mut(&number);

@@ -20,7 +20,7 @@ use super::super::peer_thread::Outbox;
 use super::hashed::HashedPools;
 use super::ports::{Ports, is_at, is_own};
 use super::sample::has_closed;
-use super::shared::{Inherits, Shared};
+use super::shared::{Directs, Inherits, Shared};
 use super::{Adopt, PoolSpec, Public, Slot, SteerCommand, SteerEvent, SteerTotals};
 use crate::background::logger::quoted;
 use crate::background::restart;
@@ -59,6 +59,8 @@ pub(super) struct PoolMaps {
     /// The cgroup of its workers.
     pub(super) cgroup: PathBuf,
     pub(super) slots: BTreeMap<u32, Known>,
+    /// Connections to certain workers, and what tells that one is over.
+    pub(super) directs: Directs,
     totals: SteerTotals,
     /// The last failures that were reported: of reading and writing, and of comparisons.
     failure: Option<String>,
@@ -178,11 +180,8 @@ impl SteerThread {
                 self.note(slot.pool, freed.unwrap_or(Ok(())));
             }
             SteerCommand::Connect(slot, connected) => {
-                let pool = self.pools.get_mut(&slot.pool);
-                let connection = pool.map(|pool| pool.steering.connect_to(slot.number));
-                if let Some(connection) = connection {
-                    // The check may have ended.
-                    let _ = connected.send(connection.map_err(|error| error.to_string()));
+                if let Some(pool) = self.pools.get_mut(&slot.pool) {
+                    pool.connect(slot.number, connected);
                 }
             }
             SteerCommand::Close(id) => {
@@ -290,26 +289,11 @@ impl PoolMaps {
             steering,
             cgroup,
             slots: BTreeMap::new(),
+            directs: Directs::new(),
             totals: SteerTotals::default(),
             failure: None,
             not_compared: None,
         }
-    }
-
-    /// The slots of an earlier dispatcher.
-    pub(super) fn recover(&mut self) -> Result<(), Error> {
-        if self.spec.shared {
-            return self.recover_shared();
-        }
-        for (address, number) in self.steering.addresses()? {
-            // A worker has several addresses with one port.
-            let known = self.slots.entry(number).or_insert_with(|| Known::new(address));
-            known.freed = true;
-            if address.ip() == self.spec.ip {
-                known.address = address;
-            }
-        }
-        Ok(())
     }
 
     /// Frees the slots that nothing has asked for.
