@@ -252,6 +252,22 @@ __noinline int move_pending(struct steer_remote *remote, __u32 worker, __u64 now
 	return 1;
 }
 
+/* A connection that is for one worker only leaves its queue without being accepted: it is reset. */
+__noinline int count_reset(__u64 listener)
+{
+	__u32 *found = bpf_map_lookup_elem(&listener_workers, &listener), worker;
+	struct steer_counts *c;
+
+	if (!found)
+		return 0;
+	worker = *found;
+	c = bpf_map_lookup_elem(&counts, &worker);
+	if (!c)
+		return 0;
+	__sync_fetch_and_add(&c->moved_out, 1);
+	return 1;
+}
+
 __noinline int migrate(struct sk_reuseport_md *ctx, __u32 group, __u32 is_v6)
 {
 	__u64 now = bpf_ktime_get_ns();
@@ -282,9 +298,11 @@ __noinline int migrate(struct sk_reuseport_md *ctx, __u32 group, __u32 is_v6)
 	/* The request of an IPv4 client at an IPv6 listener has an IPv4 address. */
 	if (is_request && is_v6 && !bpf_map_lookup_elem(&remotes, &remote))
 		read_ip(remote.ip, sk, dst, 0);
-	/* It is for one worker only. */
-	if (own->directs && bpf_map_lookup_elem(&directed, &remote))
+	if (own->directs && bpf_map_lookup_elem(&directed, &remote)) {
+		if (!is_request && !has_ended(sk->state))
+			count_reset(bpf_get_socket_cookie(listener));
 		return SK_DROP;
+	}
 	prepare(choice, conf, st, &remote, SECOND(now), is_v6);
 	worker = select_best(ctx, group);
 	if (worker >= 0 && choice->policy == STEER_ROUND_ROBIN)
@@ -401,7 +419,9 @@ int steer_shared(struct sk_reuseport_md *ctx)
 	is_syn = read_segment(ctx, &remote);
 	now = bpf_ktime_get_ns();
 	to = own->directs ? bpf_map_lookup_elem(&directed, &remote) : NULL;
-	if (to && !select_worker(ctx, group, *to)) {
+	if (to) {
+		if (select_worker(ctx, group, *to))
+			return SK_DROP;
 		if (is_syn)
 			count_syn(&remote, *to, now, last);
 		return SK_PASS;

@@ -115,7 +115,7 @@ struct steer_counts {
 	__u64 last_turn;
 	/* With shared ports: connections that came from the queue of another worker, ever. */
 	__u64 moved_in;
-	/* Connections that went from its queue to another worker, ever. */
+	/* Connections that went from its queue to another worker or were reset there, ever. */
 	__u64 moved_out;
 };
 

@@ -114,7 +114,7 @@ fn a_version_that_answers_badly_replaces_none() {
         return;
     }
     for ports in ["own", "shared"] {
-        let dispatcher = start(ports, "1s", "404");
+        let dispatcher = start(ports, "5s", "404");
         let before = processes_of(&dispatcher.status().pools[0]);
         let refusal = refused(&dispatcher, &["restart", "web", "--wait"]);
         assert!(refusal.contains("GET /health was answered with 404 Not Found"), "{refusal}");
@@ -138,6 +138,8 @@ fn a_process_that_does_not_accept_is_not_ready_because_another_one_answers() {
     std::fs::write(dispatcher.dir.join("stalls"), "").unwrap();
     let refusal = refused(&dispatcher, &["restart", "web", "--wait"]);
     assert!(refusal.contains("is not ready: "), "{refusal}");
+    let trusted = dispatcher.log().matches("event=worker_trusted").count();
+    assert_eq!(trusted, 0, "a check that was reset was not accepted: {}", dispatcher.log());
     assert!((0..20).all(|_| before.contains(&ask())));
     assert_eq!(checks(&dispatcher.status()), (0, 1));
 }

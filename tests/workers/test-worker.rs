@@ -131,9 +131,11 @@ fn greeting(listener: &str, peer: PeerAddr) -> String {
 fn blocking(config: WorkerConfig) {
     let mut worker = Worker::connect(config).unwrap();
     if std::env::var("TEST_WORKER").is_ok_and(|mode| mode == "never-take") {
-        loop {
-            std::thread::park();
-        }
+        let (sender, receiver) = std::sync::mpsc::channel();
+        on_sigterm(move || sender.send(()).unwrap());
+        let _ = receiver.recv();
+        worker.close();
+        return;
     }
     let closer = worker.clone();
     on_sigterm(move || closer.close());

@@ -51,7 +51,7 @@ pub enum Role {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Job {
     /// `clients` at a time connect, read a byte and reset; with `fin` they wait for the end first.
-    /// Each of the threads has as many of them.
+    /// The threads share them.
     Short { clients: usize, threads: usize, fin: bool, warm: Duration, time: Duration },
     /// One client at a time, with pauses in which all processes fall asleep.
     Idle { count: usize, pause: Duration },

@@ -46,8 +46,12 @@ pub(super) fn run(
 ) -> io::Result<Metrics> {
     let phase = AtomicU8::new(WARMS_UP);
     let (used, all) = std::thread::scope(|scope| {
-        let each = || Clients::new(&request.addresses, fin)?.serve(clients / threads, &phase);
-        let running: Vec<_> = (0..threads).map(|_| scope.spawn(each)).collect();
+        let (addresses, phase) = (&request.addresses, &phase);
+        let each = |thread: usize| {
+            let own = clients / threads + usize::from(thread < clients % threads);
+            scope.spawn(move || Clients::new(addresses, fin)?.serve(own, phase))
+        };
+        let running: Vec<_> = (0..threads).map(each).collect();
         std::thread::sleep(warm);
         phase.store(MEASURES, Ordering::Relaxed);
         let meter = CpuMeter::start(&request.processes);

@@ -481,8 +481,9 @@ impl EventLoop {
         }
         let settings = self.core.pool_settings(process.pool);
         let shares = settings.is_some_and(|settings| settings.queues_move);
-        // A process that shares its port has joined because it has accepted a connection.
-        if shares && check == ReadyCheck::Tcp {
+        // A process that shares its port has joined because it has accepted a connection. Where the
+        // kernel's hash chooses, none can be asked by itself.
+        if shares && (check == ReadyCheck::Tcp || self.steers.hashed(process.pool).is_some()) {
             return self.core.checked(self.now, process, true);
         }
         let timeout = settings.map(|settings| settings.supervision.ready_timeout);

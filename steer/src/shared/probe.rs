@@ -8,7 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SocketFlags, SocketType, bind, connect, getpeername, getsockname,
-    ipproto, recv, socket_with,
+    ipproto, recv, socket_with, sockopt,
 };
 
 use super::Shared;
@@ -32,7 +32,11 @@ pub struct Probe {
 /// [`Steering::end_direct`].
 #[derive(Debug)]
 #[must_use]
-pub struct Direct(Remote);
+pub struct Direct {
+    key: Remote,
+    /// As long as the connection has an entry, no other one gets its port.
+    _own: OwnedFd,
+}
 
 /// How long [`Steering::connect_to`] waits.
 const CONNECTED_WITHIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
@@ -93,16 +97,14 @@ impl Steering {
         let Probe { socket, key, .. } = self.probe(worker)?;
         // Over the loopback device it is complete already, unless its SYN was dropped.
         let waited = poll(&mut [PollFd::new(&socket, PollFlags::OUT)], Some(&CONNECTED_WITHIN));
-        let connected = waited.and_then(|_| getpeername(&socket).map(drop));
-        if let Err(error) = connected {
-            self.end_direct(Direct(key))?;
-            let error = match error {
-                Errno::NOTCONN => std::io::ErrorKind::TimedOut.into(),
-                error => error.into(),
-            };
-            return Err(Error::System { step: "connect to the worker", error });
+        let connected = waited.map_err(Into::into).and_then(|_| is_connected(&socket));
+        match connected.and_then(|()| socket.try_clone()) {
+            Ok(own) => Ok((socket, Direct { key, _own: own })),
+            Err(error) => {
+                self.sharing()?.maps.direct_no_more(&key)?;
+                Err(Error::System { step: "connect to the worker", error })
+            }
         }
-        Ok((socket, Direct(key)))
     }
 
     /// The connection is over.
@@ -112,7 +114,7 @@ impl Steering {
     /// [`Error::Refused`] if the kernel fails.
     #[expect(clippy::needless_pass_by_value, reason = "it is not to be used again")]
     pub fn end_direct(&mut self, direct: Direct) -> Result<(), Error> {
-        self.sharing()?.maps.direct_no_more(&direct.0)
+        self.sharing()?.maps.direct_no_more(&direct.key)
     }
 
     /// Whether the worker has accepted the connection.
@@ -163,6 +165,17 @@ fn reachable(ip: IpAddr) -> IpAddr {
         // A listener of a group at `::` is for IPv4, too.
         _ if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
         ip => ip,
+    }
+}
+
+fn is_connected(socket: &OwnedFd) -> std::io::Result<()> {
+    match getpeername(socket) {
+        Ok(_) => Ok(()),
+        Err(Errno::NOTCONN) => match sockopt::socket_error(socket)? {
+            Ok(()) => Err(std::io::ErrorKind::TimedOut.into()),
+            Err(error) => Err(error.into()),
+        },
+        Err(error) => Err(error.into()),
     }
 }
 

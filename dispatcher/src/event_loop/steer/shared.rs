@@ -146,7 +146,7 @@ impl PoolMaps {
     }
 
     /// Lets those connections go that are over.
-    fn end_directs(&mut self) -> Result<(), Error> {
+    pub(super) fn end_directs(&mut self) -> Result<(), Error> {
         let mut ended = Ok(());
         for (direct, mut over) in std::mem::take(&mut self.directs) {
             match over.try_recv() {
@@ -160,7 +160,6 @@ impl PoolMaps {
     /// Looks whether workers have accepted the connections to them, and after listeners that wait
     /// for a process.
     pub(super) fn watch_shared(&mut self) -> Result<(), Error> {
-        self.end_directs()?;
         let numbers: Vec<u32> = self.slots.keys().copied().collect();
         for number in numbers {
             let known = self.slots.get_mut(&number);

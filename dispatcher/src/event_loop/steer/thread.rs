@@ -250,6 +250,9 @@ impl SteerThread {
 
     /// Reads what the kernel counts, and reports what has changed.
     fn read_all(&mut self) {
+        let ended = self.pools.iter_mut().map(|(id, pool)| (*id, pool.end_directs()));
+        let ended: Vec<_> = ended.filter(|(_, result)| result.is_err()).collect();
+        ended.into_iter().for_each(|(id, result)| self.note(id, result));
         if self.pools.values().all(|pool| pool.slots.is_empty()) {
             return;
         }
