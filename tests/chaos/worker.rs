@@ -8,13 +8,12 @@ use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock, Mutex};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
-use signal_hook::consts::SIGTERM;
-use signal_hook::iterator::Signals;
+use test_support::sigterm;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
 use worker_sdk::mio::MioWorker;
 use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
@@ -34,7 +33,7 @@ static TAKEN: LazyLock<File> = LazyLock::new(|| {
 
 pub fn main(flavour: &str) {
     env_logger::init();
-    catch_sigterm();
+    sigterm::catch();
     // Both are read now: later there may be no descriptor left.
     LazyLock::force(&NAME);
     LazyLock::force(&TAKEN);
@@ -79,24 +78,6 @@ fn write_down(peer: PeerAddr) -> Option<u32> {
     id
 }
 
-type Action = Box<dyn Fn() + Send>;
-
-/// What SIGTERM does once the worker has joined; until then the worker just ends.
-static ON_SIGTERM: Mutex<Option<Action>> = Mutex::new(None);
-
-fn catch_sigterm() {
-    let mut signals = Signals::new([SIGTERM]).unwrap();
-    let act = || match &*ON_SIGTERM.lock().unwrap() {
-        Some(action) => action(),
-        None => std::process::exit(0),
-    };
-    std::thread::spawn(move || signals.forever().for_each(|_| act()));
-}
-
-fn on_sigterm(action: impl Fn() + Send + 'static) {
-    *ON_SIGTERM.lock().unwrap() = Some(Box::new(action));
-}
-
 /// Processes of the dispatcher end when they are drained; other workers stay.
 fn stays(worker: &Worker) -> bool {
     !NAME.starts_with('x') && worker.resumed().unwrap()
@@ -105,7 +86,7 @@ fn stays(worker: &Worker) -> bool {
 fn blocking(config: WorkerConfig, threads: u32) {
     let worker = Worker::connect(config).unwrap();
     let closer = worker.clone();
-    on_sigterm(move || closer.close());
+    sigterm::on(move || closer.close());
     // Where several threads take, the receiving thread shares with the others.
     std::thread::scope(|scope| {
         for _ in 0..threads {
@@ -138,7 +119,7 @@ fn blocking(config: WorkerConfig, threads: u32) {
 fn serial(config: WorkerConfig) {
     let worker = Worker::connect(config).unwrap();
     let closer = worker.clone();
-    on_sigterm(move || closer.close());
+    sigterm::on(move || closer.close());
     loop {
         while let Some(connection) = worker.accept().unwrap() {
             let id = write_down(connection.peer_addr());
@@ -157,7 +138,7 @@ fn slow(config: WorkerConfig) {
     let worker = Worker::connect(config).unwrap();
     let closed = Arc::new(AtomicBool::new(false));
     let asked = Arc::clone(&closed);
-    on_sigterm(move || asked.store(true, Ordering::SeqCst));
+    sigterm::on(move || asked.store(true, Ordering::SeqCst));
     loop {
         if closed.load(Ordering::SeqCst) {
             worker.close();
@@ -182,9 +163,7 @@ fn slow(config: WorkerConfig) {
 /// Joins, and takes nothing.
 fn nothing(config: WorkerConfig) {
     let worker = Worker::connect(config).unwrap();
-    let (sender, receiver) = std::sync::mpsc::channel();
-    on_sigterm(move || sender.send(()).unwrap());
-    let _ = receiver.recv();
+    sigterm::wait();
     worker.close();
 }
 
@@ -198,7 +177,7 @@ fn tokio(config: WorkerConfig) {
     runtime.block_on(async {
         let listener = worker_sdk::tokio::Listener::connect(config).await.unwrap();
         let closer = listener.clone();
-        on_sigterm(move || closer.close());
+        sigterm::on(move || closer.close());
         loop {
             let connection = match listener.accept().await {
                 Ok(connection) => connection,
@@ -247,7 +226,7 @@ fn mio(config: WorkerConfig) {
     let waker = Waker::new(poll.registry(), STOP).unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     let asked = Arc::clone(&stop);
-    on_sigterm(move || {
+    sigterm::on(move || {
         asked.store(true, Ordering::SeqCst);
         waker.wake().unwrap();
     });

@@ -99,6 +99,29 @@ fn a_connection_past_the_policy_is_for_its_worker() {
     lab.empty();
 }
 
+/// A worker that has shut its listener down gets none, and no other one gets it instead.
+#[test]
+fn a_connection_for_a_worker_that_does_not_listen_is_refused() {
+    let Some(mut lab) = Lab::sharing(2) else { return };
+    // It runs now.
+    let (fd, direct) = wait_for("a connection", || lab.steering().connect_to(1).ok());
+    read_hello(&mut answering(fd));
+    lab.steering().end_direct(direct).unwrap();
+    let pid = lab.servers[1].child.id().cast_signed();
+    let pidfd = rustix::process::pidfd_open(
+        rustix::process::Pid::from_raw(pid).unwrap(),
+        rustix::process::PidfdFlags::empty(),
+    );
+    let flags = rustix::process::PidfdGetfdFlags::empty();
+    let listener = rustix::process::pidfd_getfd(pidfd.unwrap(), 3, flags).unwrap();
+    rustix::net::shutdown(&listener, rustix::net::Shutdown::Read).unwrap();
+    let refused = lab.steering().connect_to(1).unwrap_err();
+    assert!(matches!(refused, Error::System { .. }), "{refused}");
+    assert_eq!(lab.total(), [0, 1]);
+    drop(connect(V4));
+    assert_eq!(lab.total(), [1, 1]);
+}
+
 fn answering(fd: std::os::fd::OwnedFd) -> TcpStream {
     let stream = TcpStream::from(fd);
     stream.set_nonblocking(false).unwrap();

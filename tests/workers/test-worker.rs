@@ -19,14 +19,13 @@
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
-use signal_hook::consts::SIGTERM;
-use signal_hook::iterator::Signals;
+use test_support::sigterm;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use worker_sdk::mio::MioWorker;
 use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
@@ -76,7 +75,7 @@ fn prefork(kind: Option<&str>) {
 }
 
 fn work(kind: Option<&str>, config: WorkerConfig) {
-    catch_sigterm();
+    sigterm::catch();
     match kind {
         Some("blocking") => blocking(config),
         Some("tokio") => tokio(config),
@@ -86,24 +85,6 @@ fn work(kind: Option<&str>, config: WorkerConfig) {
             panic!("usage: test-worker [prefork|loaded] blocking|tokio|mio|serial, not {other:?}")
         }
     }
-}
-
-type Action = Box<dyn Fn() + Send>;
-
-/// What SIGTERM does once the worker has joined; until then the worker just ends.
-static ON_SIGTERM: Mutex<Option<Action>> = Mutex::new(None);
-
-fn catch_sigterm() {
-    let mut signals = Signals::new([SIGTERM]).unwrap();
-    let act = || match &*ON_SIGTERM.lock().unwrap() {
-        Some(action) => action(),
-        None => std::process::exit(0),
-    };
-    std::thread::spawn(move || signals.forever().for_each(|_| act()));
-}
-
-fn on_sigterm(action: impl Fn() + Send + 'static) {
-    *ON_SIGTERM.lock().unwrap() = Some(Box::new(action));
 }
 
 /// The duration of a round, or of the service of one client; zero means no pause.
@@ -116,7 +97,7 @@ fn pause() -> Duration {
 fn serial(config: WorkerConfig) {
     let worker = Worker::connect(config).unwrap();
     let closer = worker.clone();
-    on_sigterm(move || closer.close());
+    sigterm::on(move || closer.close());
     while let Ok(Some(connection)) = worker.accept() {
         std::thread::sleep(pause());
         echo(connection);
@@ -131,14 +112,12 @@ fn greeting(listener: &str, peer: PeerAddr) -> String {
 fn blocking(config: WorkerConfig) {
     let mut worker = Worker::connect(config).unwrap();
     if std::env::var("TEST_WORKER").is_ok_and(|mode| mode == "never-take") {
-        let (sender, receiver) = std::sync::mpsc::channel();
-        on_sigterm(move || sender.send(()).unwrap());
-        let _ = receiver.recv();
+        sigterm::wait();
         worker.close();
         return;
     }
     let closer = worker.clone();
-    on_sigterm(move || closer.close());
+    sigterm::on(move || closer.close());
     let mut hoard = Vec::new();
     if std::env::var("TEST_WORKER").is_ok_and(|mode| mode == "hoards") {
         hoard.extend(std::iter::from_fn(|| std::fs::File::open("/dev/null").ok()));
@@ -195,7 +174,7 @@ fn tokio(config: WorkerConfig) {
     runtime.block_on(async {
         let listener = worker_sdk::tokio::Listener::connect(config).await.unwrap();
         let closer = listener.clone();
-        on_sigterm(move || closer.close());
+        sigterm::on(move || closer.close());
         if !pause().is_zero() {
             // Four busy tasks in one thread.
             for _ in 0..4 {
@@ -235,7 +214,7 @@ fn mio(config: WorkerConfig) {
     let waker = Waker::new(poll.registry(), STOP).unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     let asked = Arc::clone(&stop);
-    on_sigterm(move || {
+    sigterm::on(move || {
         asked.store(true, Ordering::SeqCst);
         waker.wake().unwrap();
     });

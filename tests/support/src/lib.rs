@@ -13,6 +13,7 @@ pub mod peer;
 mod process;
 pub mod reloading;
 pub mod shown;
+pub mod sigterm;
 pub mod stuck_page;
 pub mod systemd;
 
@@ -175,7 +176,7 @@ impl Dispatcher {
     }
 
     fn started(dir: &Path, command: &mut Command) -> Dispatcher {
-        command.env("DISPATCHER_LOG", "debug").stdout(Stdio::null());
+        command.env("DISPATCHER_LOG", "debug").env(DIRECTORY, dir).stdout(Stdio::null());
         let process = Process::start("dispatcher", command);
         let mut dispatcher = Dispatcher { process, dir: dir.to_owned(), _temp: None };
         wait_until("the dispatcher to serve", || {
@@ -317,13 +318,28 @@ pub fn children_of(parent: i32) -> Vec<i32> {
     pids.filter(is_child).collect()
 }
 
+/// A variable of each dispatcher, which its processes inherit: its directory.
+const DIRECTORY: &str = "TEST_DISPATCHER_DIRECTORY";
+
+/// The processes of all dispatchers that ran in a directory: they may outlive one.
+pub fn started_in(dir: &Path) -> Vec<i32> {
+    let entry = format!("{DIRECTORY}={}", dir.display());
+    let has_it = |pid: &i32| {
+        let all = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        all.split(|byte| *byte == 0).any(|one| one == entry.as_bytes())
+    };
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(has_it).collect()
+}
+
 impl Drop for Dispatcher {
     fn drop(&mut self) {
         // Its workers would continue without it. A stopped dispatcher neither starts processes nor
         // reaps them.
         if self.process.child.try_wait().is_ok_and(|status| status.is_none()) {
             self.process.signal(Signal::SIGSTOP);
-            for pid in children_of(self.process.pid()) {
+            for pid in children_of(self.process.pid()).into_iter().chain(started_in(&self.dir)) {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
             self.process.kill();

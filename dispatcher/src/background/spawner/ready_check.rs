@@ -2,8 +2,8 @@
 //!
 //! Each attempt makes a TCP connection over the loopback device. The event loop sends one end to
 //! the worker like a client's connection; this task keeps the other end. A worker that listens is
-//! connected to. Guarantees: one result for
-//! each check, at its deadline at the latest, unless the process has ended meanwhile.
+//! connected to. Guarantees: one result for each check, at its deadline at the latest, unless the
+//! process has ended meanwhile.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;

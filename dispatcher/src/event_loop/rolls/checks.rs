@@ -50,11 +50,12 @@ impl EventLoop {
     pub(in crate::event_loop) fn serve_check(&mut self, need: CheckNeed) {
         match need {
             CheckNeed::Passed(connection) => self.offer_check(connection),
-            // Without a connection its check is over.
-            CheckNeed::Directed { process, connection } if self.core.wants_process(process) => {
-                self.connect_directed(process, connection);
+            CheckNeed::Directed { process, connection } => {
+                // Its attempt may have run out of time; without a connection its check is over.
+                if !connection.is_closed() && self.core.wants_process(process) {
+                    self.connect_directed(process, connection);
+                }
             }
-            CheckNeed::Directed { .. } => {}
         }
     }
 
